@@ -1,0 +1,1 @@
+"""Coarse-to-fine latent diffusion: model, diffusion maths, pipeline, pose rendering."""

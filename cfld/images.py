@@ -1,0 +1,137 @@
+"""Images as files: decode anything people have, resize as the authors do, encode JPEG."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Literal
+
+import numpy as np
+import simplejpeg
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, twice its warning
+
+Subsampling = Literal["444", "422", "420"]
+
+# An EXIF block, if there is one, follows the JFIF header of at most 64 kB.
+_EXIF_WINDOW = 1 << 16
+
+
+class ImageError(ValueError):
+    """A file that is no usable image; `reason` is one of a few words that can be counted."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
+        return type(self), (self.reason, self.detail)
+
+
+def decode_image(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
+    """Decode an encoded image to RGB, upright as its EXIF orientation says.
+
+    Greyscale, CMYK, palette and 16-bit images are converted, transparency is laid over white, and
+    an animation gives its first frame. A plain JPEG bypasses Pillow.
+
+    Raises:
+        ImageError: With reason `empty`, `not_an_image`, `truncated` or `decompression_bomb`.
+    """
+    if not data:
+        raise ImageError("empty", "the file has no bytes")
+    if _is_plain_jpeg(data):
+        return _decode_plain_jpeg(data)
+    return np.asarray(_to_rgb(_load(_open(data))))
+
+
+def resize_image(
+    image: UInt8[np.ndarray, "height width 3"], size: tuple[int, int]
+) -> UInt8[np.ndarray, "{size[0]} {size[1]} 3"]:
+    """Resize to (height, width), bicubic with antialiasing, without keeping the aspect ratio.
+
+    Within 2 grey levels of Pillow's bicubic, which the authors use, at about four times its speed.
+    """
+    if image.shape[:2] == size:
+        return image
+    # A channels-last view is what torchvision resizes fastest: no copy to planes is made.
+    pixels = torch.from_numpy(_writeable(image)).permute(2, 0, 1)
+    resized = resize(pixels, list(size), InterpolationMode.BICUBIC, antialias=True)
+    return np.ascontiguousarray(resized.permute(1, 2, 0).numpy())
+
+
+def encode_jpeg(
+    image: UInt8[np.ndarray, "height width 3"],
+    quality: int = 95,
+    subsampling: Subsampling = "420",
+) -> bytes:
+    """Encode RGB as a baseline JPEG; the same pixels give the same bytes."""
+    pixels = np.ascontiguousarray(image)
+    return simplejpeg.encode_jpeg(pixels, quality, colorsubsampling=subsampling, fastdct=False)
+
+
+def encode_png(image: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    """Encode RGB as a PNG without loss."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # Between its limit and twice that Pillow only warns; our limit is the latter.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ImageError("not_an_image", "no known image format") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError("decompression_bomb", str(error)) from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ImageError("truncated", str(error)) from None
+
+
+def _load(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ImageError("truncated", str(error)) from None
+    return image
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Whether this is a colour JPEG that needs no conversion and no look at an EXIF rotation."""
+    if not data.startswith(b"\xff\xd8") or b"Exif\0" in data[:_EXIF_WINDOW]:
+        return False
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return False
+    return colorspace == "YCbCr" and height * width <= MAX_PIXELS
+
+
+def _decode_plain_jpeg(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except ValueError as error:
+        raise ImageError("truncated", str(error)) from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        # convert() would clip 16-bit grey levels to 255 instead of scaling them.
+        image = Image.fromarray((np.asarray(image, np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _writeable(image: np.ndarray) -> np.ndarray:
+    return image if image.flags.writeable else image.copy()

@@ -1,0 +1,1 @@
+"""Person photos to training shards: dataset adapters, keypoints, pairs, Ray Data jobs."""

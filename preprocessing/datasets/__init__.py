@@ -1,0 +1,1 @@
+"""One module per dataset: each lists its photos and knows nothing else."""

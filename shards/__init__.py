@@ -1,0 +1,1 @@
+"""The shard format: one definition for writers, readers and documentation."""

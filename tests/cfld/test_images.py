@@ -1,0 +1,124 @@
+import io
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cfld import images
+from cfld.images import ImageError, decode_image, encode_jpeg, encode_png, resize_image
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    """A smooth picture with some noise, 110 x 75."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:110, :75]
+    base = np.stack([rows * 2, columns * 3, rows + columns], -1)
+    return (base + rng.normal(0, 4, base.shape)).clip(0, 255).astype(np.uint8)
+
+
+def encoded(image: Image.Image, image_format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def test_plain_jpeg_equals_pillow(photo):
+    data = encoded(Image.fromarray(photo), "JPEG", quality=95)
+    reference = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert np.abs(decode_image(data).astype(int) - reference).max() <= 2
+
+
+def test_png_round_trip(photo):
+    np.testing.assert_array_equal(decode_image(encode_png(photo)), photo)
+
+
+def test_greyscale_palette_cmyk_become_rgb(photo):
+    image = Image.fromarray(photo)
+    grey = decode_image(encoded(image.convert("L"), "PNG"))
+    np.testing.assert_array_equal(grey, np.asarray(image.convert("L").convert("RGB")))
+    palette = image.convert("P")
+    np.testing.assert_array_equal(
+        decode_image(encoded(palette, "GIF")), np.asarray(palette.convert("RGB"))
+    )
+    cmyk = decode_image(encoded(image.convert("CMYK"), "JPEG", quality=100, subsampling=0))
+    assert np.abs(cmyk.astype(int) - photo).mean() < 3
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(photo):
+    grey = photo[..., 0].astype(np.uint16) * 257
+    decoded = decode_image(encoded(Image.fromarray(grey), "PNG"))
+    np.testing.assert_array_equal(decoded[..., 1], photo[..., 0])
+
+
+def test_transparency_is_laid_over_white():
+    image = Image.new("RGBA", (4, 2), (255, 0, 0, 0))
+    image.putpixel((0, 0), (10, 20, 30, 255))
+    decoded = decode_image(encoded(image, "PNG"))
+    assert tuple(decoded[0, 0]) == (10, 20, 30)
+    assert tuple(decoded[1, 3]) == (255, 255, 255)
+
+
+def test_exif_rotation_is_applied(photo):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.fromarray(photo), "JPEG", quality=95, exif=exif)
+    assert decode_image(data).shape == (75, 110, 3)
+    upright = np.asarray(Image.fromarray(photo).rotate(-90, expand=True)).astype(int)
+    assert np.abs(decode_image(data) - upright).mean() < 4
+
+
+def test_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert tuple(decode_image(data)[0, 0]) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_truncated_file(photo, image_format):
+    data = encoded(Image.fromarray(photo), image_format)
+    with pytest.raises(ImageError, match="truncated"):
+        decode_image(data[: len(data) // 2])
+
+
+def test_empty_and_foreign_files():
+    with pytest.raises(ImageError, match="empty: the file has no bytes"):
+        decode_image(b"")
+    with pytest.raises(ImageError, match="not_an_image: no known image format"):
+        decode_image(b"name,person\n1,2\n")
+
+
+def test_decompression_bomb_is_refused_before_it_is_decoded():
+    with pytest.raises(ImageError, match="decompression_bomb"):
+        decode_image(encoded(Image.new("1", (20_000, 20_000)), "PNG"))
+
+
+def test_image_error_survives_a_process_boundary():
+    error = pickle.loads(pickle.dumps(ImageError("truncated", "byte 7")))
+    assert (error.reason, error.detail) == ("truncated", "byte 7")
+
+
+def test_resize_stays_within_two_levels_of_pillow():
+    rng = np.random.default_rng(1)
+    coarse = Image.fromarray(rng.integers(0, 255, (40, 28, 3), dtype=np.uint8))
+    photo = np.asarray(coarse.resize((750, 1101), Image.Resampling.BICUBIC))
+    reference = Image.fromarray(photo).resize((512, 512), Image.Resampling.BICUBIC)
+    difference = np.abs(resize_image(photo, (512, 512)).astype(int) - np.asarray(reference))
+    assert difference.max() <= 2
+    assert difference.mean() <= 0.05
+
+
+def test_resize_to_its_own_size_changes_nothing(photo):
+    assert resize_image(photo, (110, 75)) is photo
+
+
+def test_jpeg_is_the_same_bytes_each_time_and_keeps_colour(photo):
+    assert encode_jpeg(photo) == encode_jpeg(photo.copy())
+    fine = decode_image(encode_jpeg(photo, 95, "444")).astype(int)
+    coarse = decode_image(encode_jpeg(photo, 95, "420")).astype(int)
+    assert np.abs(fine - photo).mean() < np.abs(coarse - photo).mean() < 4
+
+
+def test_size_limit_is_pillows_own():
+    assert images.MAX_PIXELS == Image.MAX_IMAGE_PIXELS * 2

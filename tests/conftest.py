@@ -1,0 +1,17 @@
+"""Fixtures that several test folders share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of real photos and networks that never enter the repository; skips without it."""
+    folder = Path(os.environ.get("CFLD_SHARED", REPOSITORY.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no real photos and networks at {folder} (set CFLD_SHARED to their folder)")
+    return folder

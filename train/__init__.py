@@ -1,0 +1,1 @@
+"""Streaming loader and DeepSpeed trainer."""
