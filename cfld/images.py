@@ -117,7 +117,7 @@ def _is_plain_jpeg(data: bytes) -> bool:
 
 def _decode_plain_jpeg(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
     try:
-        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
     except ValueError as error:
         raise ImageError("truncated", str(error)) from None
 
