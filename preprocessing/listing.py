@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from jaxtyping import Float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,7 @@ class Photo:
     `path` is a local path or an fsspec URL. `name` is unique in the dataset: the published flat
     name where there is one, else the path below the root with forward slashes. Pairs are formed
     inside one `person` of one `split`, and never with a photo that is not `is_pairable` (junk and
-    distractor identities). `keypoints`, if given, are `[18, 3]` in pixels of the image.
+    distractor identities). `keypoints`, if given, are x, y, score in pixels of the image.
     """
 
     path: str
@@ -24,20 +25,25 @@ class Photo:
     split: str
     view: str | None = None
     is_pairable: bool = True
-    keypoints: np.ndarray | None = None
+    keypoints: Float32[np.ndarray, "18 3"] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reject:
     """Something that was left out: where it came from, at which stage, and why.
 
-    `reason` is one snake_case word group that can be counted; `detail` is for people.
+    `reason` is one snake_case word group that can be counted; `detail` is for people. Both texts
+    are kept printable: bytes of a file name that are no UTF-8 become backslash escapes.
     """
 
     path: str
     stage: str
     reason: str
     detail: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("path", "detail"):
+            object.__setattr__(self, name, to_text(getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,8 @@ class Dataset:
     """A dataset adapter.
 
     `list_photos(root)` yields photos in a stable order and a reject for everything it skips;
-    `expected` holds the published counts that `--check` compares; `access` says where to get it.
+    `expected` holds the published counts that `--check` compares, named as its report names them;
+    `access` says where to get it.
 
     Raises:
         FileNotFoundError: From `list_photos`, before the first photo, when the root is not this
@@ -66,6 +73,11 @@ class Dataset:
     """
 
     list_photos: Callable[[str], Iterator[Photo | Reject]]
-    find_annotations: Callable[[str], Annotations] = lambda root: Annotations()  # noqa: ARG005
+    find_annotations: Callable[[str], Annotations] = field(default=lambda _root: Annotations())
     expected: Mapping[str, int] = field(default_factory=dict)
     access: str = ""
+
+
+def to_text(path: str) -> str:
+    """Return a path as text that any file can hold; what is no UTF-8 becomes escapes."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

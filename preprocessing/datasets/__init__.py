@@ -1,1 +1,9 @@
-"""One module per dataset: each lists its photos and knows nothing else."""
+"""The datasets that can be built: `--dataset NAME` is a key of `DATASETS`."""
+
+from preprocessing.datasets import deepfashion, folder, market1501
+
+DATASETS = {
+    "deepfashion": deepfashion.DATASET,
+    "market1501": market1501.DATASET,
+    "folder": folder.DATASET,
+}

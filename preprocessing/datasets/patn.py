@@ -1,0 +1,28 @@
+"""The csv files published with PATN: keypoints of the images and pairs of their names."""
+
+from __future__ import annotations
+
+from preprocessing.files import list_folder, resolve
+from preprocessing.listing import Annotations
+
+SPLITS = ("train", "test")
+
+
+def find_annotations(
+    root: str, *, prefixes: tuple[str, ...], frame: tuple[int, int]
+) -> Annotations:
+    """Find `PREFIX-annotation-SPLIT.csv` and `PREFIX-pairs-SPLIT.csv` in the root.
+
+    Where a file is there under several prefixes, the first one counts.
+    """
+    root = resolve(root)
+    _, files = list_folder(root)
+
+    def find(kind: str) -> dict[str, str]:
+        names = {split: [f"{p}-{kind}-{split}.csv" for p in prefixes] for split in SPLITS}
+        present = {split: [name for name in names[split] if name in files] for split in SPLITS}
+        return {split: f"{root}/{present[split][0]}" for split in SPLITS if present[split]}
+
+    return Annotations(
+        keypoints=tuple(find("annotation").values()), frame=frame, pairs=find("pairs")
+    )

@@ -1,0 +1,89 @@
+"""Folders are listed alike on disks and remote stores: sorted, links followed, no clutter."""
+
+import os
+import sys
+from pathlib import Path
+from uuid import uuid4
+
+import fsspec
+import pytest
+
+from preprocessing.files import is_image, list_folder, resolve, walk_files
+
+FILES = ["b/2.jpg", "b/1.jpg", "b c/1.jpg", "a.jpg", "b/d/e.png", "a/x", "é.jpg"]
+CLUTTER = [".hidden.jpg", "b/.DS_Store", "b/Thumbs.db", "__MACOSX/b/1.jpg", ".git/a.jpg"]
+WALK = ["a/x", "a.jpg", "b/1.jpg", "b/2.jpg", "b/d/e.png", "b c/1.jpg", "é.jpg"]
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    root = str(tmp_path) if request.param == "local" else f"memory://{uuid4().hex}/x"
+    fs, path = fsspec.core.url_to_fs(root)
+    for name in FILES + CLUTTER:
+        fs.makedirs(f"{path}/{name}".rpartition("/")[0], exist_ok=True)
+        fs.pipe_file(f"{path}/{name}", b"")
+    return root
+
+
+def test_walk_is_in_the_order_of_the_paths_parts_everywhere(root: str) -> None:
+    assert list(walk_files(root)) == WALK
+    assert sorted(WALK, key=lambda path: path.split("/")) == WALK
+
+
+def test_list_folder_separates_folders_from_files(root: str) -> None:
+    assert list_folder(root) == (["a", "b", "b c"], ["a.jpg", "é.jpg"])
+    assert list_folder(f"{root}/b") == (["d"], ["1.jpg", "2.jpg"])
+
+
+def test_a_missing_folder_is_an_error(root: str) -> None:
+    for folder in (f"{root}/nothing", f"{root}/a.jpg/b"):
+        with pytest.raises(FileNotFoundError, match=r"(nothing|jpg/b): there is no"):
+            list_folder(folder)
+        with pytest.raises(FileNotFoundError, match="there is no such folder"):
+            list(walk_files(folder))
+
+
+def test_links_are_followed_and_their_cycles_end(tmp_path: Path) -> None:
+    real, root = tmp_path / "real", tmp_path / "root"
+    (real / "person").mkdir(parents=True)
+    root.mkdir()
+    (real / "person" / "1.jpg").touch()
+    (real / "person" / "up").symlink_to(real)
+    (root / "linked").symlink_to(real)
+    (root / "file.jpg").symlink_to(real / "person" / "1.jpg")
+    (root / "broken.jpg").symlink_to(real / "gone.jpg")
+    assert list_folder(str(root)) == (["linked"], ["broken.jpg", "file.jpg"])
+    assert list(walk_files(str(root))) == ["broken.jpg", "file.jpg", "linked/person/1.jpg"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_that_may_not_be_read_comes_as_a_file(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "1.jpg").touch()
+    assert list(walk_files(str(tmp_path))) == ["closed", "open/1.jpg"]
+
+
+def test_resolve_gives_absolute_paths_and_full_urls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert {resolve(path) for path in ("./a/", "~/a", "b/../a", f"file://{tmp_path}/a")} == {
+        str(tmp_path / "a")
+    }
+    assert resolve("memory://x/y/") == "memory:///x/y"
+
+
+def test_images_are_known_by_their_suffix_in_either_case() -> None:
+    assert all(map(is_image, ["a.JPG", "a.b.jpeg", "x/a.tif", "a.WebP"]))
+    assert not any(map(is_image, ["a.txt", "jpg", "a.jpg.part", "a.mp4"]))
+
+
+def test_a_name_that_is_no_text_is_listed_as_python_holds_it(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.jpg")
+    try:
+        (tmp_path / name).touch()
+    except OSError:
+        pytest.skip(f"{sys.platform} has no such names")
+    assert list(walk_files(str(tmp_path))) == [name]
