@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import fsspec
 
 from preprocessing.listing import Annotations, Dataset, Reject
+from preprocessing.pairs import read_pair_list
 
 
 @dataclass
@@ -31,7 +32,7 @@ def check(dataset: Dataset, root: str) -> str:
     try:
         listing = _list(dataset, root)
         counts = _count_photos(listing)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         problems.append(f"The images were not counted. {error}")
     notes = [_describe_rejects(listing, reason) for reason in sorted(listing.rejects)]
     try:
@@ -40,16 +41,22 @@ def check(dataset: Dataset, root: str) -> str:
         annotations = Annotations()
     if dataset.expected and not annotations.keypoints:
         notes.append("published keypoints: none here; the pose network finds them")
-    notes += [f"published keypoints: {_count(path):,} in {path}" for path in annotations.keypoints]
+    notes += [
+        f"published keypoints: {_count_rows(path):,} in {path}" for path in annotations.keypoints
+    ]
     for split, path in annotations.pairs.items():
-        pairs = [row[:2] for row in _rows(path, ",") if len(row) >= 2]
-        counts[f"{split} published pairs"] = len(pairs)
-        if names := listing.names.get(split):
-            absent = sum(not names.issuperset(pair) for pair in pairs)
+        listed = read_pair_list(path)
+        counts[f"{split} published pairs"] = len(listed.sources)
+        sides = listed.sources.to_pylist(), listed.targets.to_pylist()
+        names = listing.names.get(split, set())
+        if absent := sum(not names.issuperset(pair) for pair in zip(*sides, strict=True)):
             notes.append(f"published pairs: {absent:,} of {path} name an image that is not there")
+        if listed.rejects:
+            notes.append(f"published pairs: {len(listed.rejects):,} rows of {path} are malformed")
     if dataset.access not in "".join(problems):
-        problems.append(f"Where to get it:\n{dataset.access}")
-    sections = [[f"Found in {root}:"], _table(counts, dataset.expected), notes, problems]
+        problems.append(dataset.access)
+    table = _table(counts, dataset.expected)
+    sections = [[f"Found in {root}:"], table, notes, *([problem] for problem in problems)]
     return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
 
 
@@ -87,25 +94,29 @@ def _count_photos(listing: _Listing) -> dict[str, int]:
     return counts
 
 
-def _count(path: str) -> int:
-    return sum(1 for _ in _rows(path, ":"))
-
-
-def _rows(path: str, delimiter: str) -> Iterator[list[str]]:
-    """Yield the rows of a published csv file, which has no quotes, below its header."""
+def _count_rows(path: str) -> int:
+    """Count the rows of a csv below its header."""
     with fsspec.open(path, "rt", encoding="utf-8", errors="replace") as lines:
-        next(lines, None)
-        yield from (line.strip().split(delimiter) for line in lines if line.strip())
+        return max(0, sum(1 for line in lines if line.strip()) - 1)
 
 
 def _table(counts: Mapping[str, int], expected: Mapping[str, int]) -> list[str]:
     """Lay out found and published counts, in the order of the published ones."""
-    rows = [("", "found", "published", "")]
+    if not counts and not expected:
+        return []
+    rows = [("", "found", "published" if expected else "", "")]
     for name in [*expected, *(name for name in counts if name not in expected)]:
         found, published = counts.get(name), expected.get(name)
         if found == 0 and published is None:
             continue
-        rows.append((name, _number(found), _number(published), _verdict(found, published)))
+        rows.append(
+            (
+                name,
+                _number(found),
+                _number(published) if expected else "",
+                _verdict(found, published),
+            )
+        )
     width = max(len(row[0]) for row in rows)
     return [f"{row[0]:{width}} {row[1]:>11} {row[2]:>11}  {row[3]}".rstrip() for row in rows]
 

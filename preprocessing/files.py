@@ -46,7 +46,8 @@ def list_folder(folder: str) -> tuple[list[str], list[str]]:
             names = [(PurePosixPath(i["name"]).name, i["type"] == "directory") for i in below]
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{folder}: there is no such folder") from None
-    names = sorted(name for name in names if not _is_clutter(name[0]))
+    # A set, as s3fs may give a folder twice when it also has a marker.
+    names = sorted({name for name in names if not _is_clutter(name[0])})
     return [n for n, is_folder in names if is_folder], [
         n for n, is_folder in names if not is_folder
     ]
@@ -66,10 +67,12 @@ def walk_files(folder: str) -> Iterator[str]:
         yield from _walk(folder, "", frozenset())
         return
     # One call per thousand files, where a call per folder would be one per person.
-    found = [key.removeprefix(path).strip("/") for key in fs.find(path)]
-    if not found:
+    keys = fs.find(path)
+    if not keys:
         raise FileNotFoundError(f"{folder}: there is no such folder")
-    parts = sorted(key.split("/") for key in found if key)
+    # A key that ends with a slash is how consoles of object stores make an empty folder.
+    files = (key.removeprefix(path).lstrip("/") for key in keys if not key.endswith("/"))
+    parts = sorted(file.split("/") for file in files if file)
     yield from ("/".join(p) for p in parts if not any(map(_is_clutter, p)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from preprocessing.files import is_image, list_folder, resolve, walk_files
-from preprocessing.listing import Dataset, Photo, Reject, to_text
+from preprocessing.listing import Dataset, Photo, Reject
 
 SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
 
@@ -37,8 +37,6 @@ def list_photos(root: str) -> Iterator[Photo | Reject]:
 
 def _fault(parts: list[str], file: str) -> str | None:
     """Return why a file of these parts (split, person, image) is none of the dataset."""
-    if to_text(file) != file:
-        return "undecodable_name"
     if not is_image(file):
         return "not_an_image"
     if parts[0] not in SPLITS:

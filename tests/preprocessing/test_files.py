@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import fsspec
 import pytest
+from moto.server import ThreadedMotoServer
 
 from preprocessing.files import is_image, list_folder, resolve, walk_files
 
@@ -41,6 +42,29 @@ def test_a_missing_folder_is_an_error(root: str) -> None:
             list_folder(folder)
         with pytest.raises(FileNotFoundError, match="there is no such folder"):
             list(walk_files(folder))
+
+
+def test_an_object_store_is_listed_without_its_folder_markers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    options = {"endpoint_url": endpoint, "key": "key", "secret": "secret"}
+    monkeypatch.setitem(fsspec.config.conf, "s3", options)
+    fs = fsspec.filesystem("s3")
+    fs.mkdir("photos")
+    for name in ["", "empty/", "b/", *FILES, *CLUTTER]:
+        fs.call_s3("put_object", Bucket="photos", Key=f"root/{name}", Body=b"")
+    try:
+        assert list(walk_files("s3://photos/root/")) == WALK
+        folders = ["a", "b", "b c", "empty"]
+        assert list_folder("s3://photos/root") == (folders, ["a.jpg", "é.jpg"])
+        assert resolve("s3://photos/root/") == "s3://photos/root"
+        with pytest.raises(FileNotFoundError, match="nothing: there is no such folder"):
+            list(walk_files("s3://photos/nothing"))
+    finally:
+        server.stop()
 
 
 def test_links_are_followed_and_their_cycles_end(tmp_path: Path) -> None:
