@@ -1,0 +1,124 @@
+"""Puts the finished shards' records together: index, pairs, rejects, and last the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from preprocessing.listing_stage import PhotoListing
+from preprocessing.pairs import explain_unpaired, make_pairs, number_persons
+from preprocessing.rejects import count_reasons
+from preprocessing.shard_stage import record_file, rejects_file, shard_of_record
+from preprocessing.store import Store
+from shards.format import (
+    INDEX_FILE,
+    INDEX_SCHEMA,
+    MANIFEST_FILE,
+    PAIRS_FILE,
+    REJECTS_FILE,
+    Manifest,
+    ShardFile,
+    SplitCounts,
+    TableFile,
+    sha256_of,
+)
+
+_PAIRING_COLUMNS = ["path", "name", "person", "split", "is_valid", "invalid_reason"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingredients:
+    """What the finished shards are joined with: names, the listing, and earlier rejects."""
+
+    dataset: str
+    settings: Mapping[str, Any]
+    listing: PhotoListing
+    pair_lists: Mapping[str, str]
+    keypoint_rejects: pa.Table
+
+
+def assemble(store: Store, shard_names: Sequence[str], ingredients: Ingredients) -> Manifest:
+    """Write the tables and the manifest of a set whose shards are all there."""
+    index_file, images, shards = _write_index(store, shard_names)
+    listing = ingredients.listing
+    pairs, pair_rejects = make_pairs(images, ingredients.pair_lists, listing.unselected)
+    rejects = pa.concat_tables(
+        [
+            listing.rejects,
+            ingredients.keypoint_rejects,
+            *(store.read_table(rejects_file(name)) for name in shard_names),
+            pair_rejects,
+            explain_unpaired(images, pairs),
+        ]
+    )
+    manifest = Manifest(
+        dataset=ingredients.dataset,
+        input_sha256=listing.sha256,
+        settings=ingredients.settings,
+        counts=_count(images, pairs),
+        rejects=count_reasons(rejects),
+        shards=tuple(shards),
+        tables=(
+            index_file,
+            _write_table(store, PAIRS_FILE, [pairs]),
+            _write_table(store, REJECTS_FILE, [rejects]),
+        ),
+    )
+    store.write_bytes(MANIFEST_FILE, manifest.to_json().encode())
+    return manifest
+
+
+def _write_index(
+    store: Store, shard_names: Sequence[str]
+) -> tuple[TableFile, pa.Table, list[ShardFile]]:
+    """Stream the records into the index; return what pairs need of it, and the shards."""
+    kept: list[pa.Table] = []
+    shards: list[ShardFile] = []
+
+    def records() -> Iterable[pa.Table]:
+        for name in shard_names:
+            record = store.read_table(record_file(name))
+            kept.append(record.select(_PAIRING_COLUMNS).replace_schema_metadata())
+            shards.append(shard_of_record(record))
+            yield record.select(INDEX_SCHEMA.names).replace_schema_metadata()
+
+    index_file = _write_table(store, INDEX_FILE, records(), INDEX_SCHEMA)
+    return index_file, pa.concat_tables(kept).combine_chunks(), shards
+
+
+def _write_table(
+    store: Store, name: str, tables: Iterable[pa.Table], schema: pa.Schema | None = None
+) -> TableFile:
+    num_rows = 0
+    with store.new_file(name) as path:
+        writer = None
+        for table in tables:
+            writer = writer or pq.ParquetWriter(path, schema or table.schema, compression="zstd")
+            writer.write_table(table)
+            num_rows += table.num_rows
+        assert writer is not None  # a job without shards ends before
+        writer.close()
+        digest = sha256_of(LocalFileSystem(), str(path))
+        size_bytes = path.stat().st_size
+    return TableFile(name=name, num_rows=num_rows, size_bytes=size_bytes, sha256=digest)
+
+
+def _count(images: pa.Table, pairs: pa.Table) -> dict[str, SplitCounts]:
+    person_ids, is_valid = number_persons(images), images["is_valid"].to_numpy()
+    counts = {}
+    for split in sorted(images["split"].unique().to_pylist()):
+        is_in_split = pc.equal(images["split"], split).to_numpy()
+        counts[split] = SplitCounts(
+            images=int(is_in_split.sum()),
+            persons=len(np.unique(person_ids[is_in_split])),
+            valid=int((is_in_split & is_valid).sum()),
+            pairs=int(pc.sum(pc.equal(pairs["split"], split)).as_py() or 0),
+        )
+    return counts

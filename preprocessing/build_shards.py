@@ -1,0 +1,171 @@
+"""Command: a folder of person photos becomes WebDataset shards, an index and pairs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fsspec.core import url_to_fs
+from ray.exceptions import RayError
+
+from preprocessing.check import check
+from preprocessing.datasets import DATASETS
+from preprocessing.job import JobResult, run_job
+from preprocessing.job_settings import ORIGINAL, JobSettings, SettingsError
+from preprocessing.photo_reader import PhotoStoreError
+from preprocessing.store import OutputError, Store
+
+logger = logging.getLogger(__name__)
+
+_EXAMPLE = """\
+example:
+  python -m preprocessing.build_shards --dataset folder --root photos --output shards
+
+Run it again to go on where it was stopped; the result is the same to the byte."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = _make_parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("preprocessing").setLevel(logging.INFO)
+    try:
+        if options.check:
+            sys.stdout.write(check(DATASETS[options.dataset], options.root))
+            return 0
+        if options.output is None:
+            parser.error("--output is needed (or --check)")
+        settings = _read_settings(options)
+        result = run_job(settings, num_workers=options.num_workers, ray_address=options.ray_address)
+    except (SettingsError, OutputError, FileNotFoundError) as error:
+        logger.error("%s", error)
+        return 2
+    except (PhotoStoreError, RayError) as error:
+        logger.error("stopped: %s; what is finished is kept, run the same command again", error)
+        return 1
+    except KeyboardInterrupt:
+        Store.open(options.output).remove_temporary()
+        logger.error("interrupted; what is finished is kept, run the same command to go on")
+        return 1
+    sys.stdout.write(_summarize(result, settings.output))
+    return 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m preprocessing.build_shards",
+        description=__doc__,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--dataset", required=True, choices=sorted(DATASETS))
+    parser.add_argument("--root", required=True, help="where the photos are: folder or URL")
+    parser.add_argument("--output", help="where the shards go: folder or URL (s3://...)")
+    parser.add_argument("--check", action="store_true", help="say what is in the root, and stop")
+    images = parser.add_argument_group("images")
+    images.add_argument(
+        "--image-size",
+        nargs="+",
+        metavar="PIXELS",
+        help="HEIGHT WIDTH, or 'original' for untouched files (default: 512 512, test: original)",
+    )
+    images.add_argument("--jpeg-quality", type=int, default=95, metavar="1..100")
+    images.add_argument("--shard-size", type=float, default=64, metavar="MB")
+    selection = parser.add_argument_group("selection")
+    selection.add_argument("--splits", nargs="+", metavar="SPLIT")
+    selection.add_argument("--limit", type=int, metavar="N", help="about N photos: whole persons")
+    selection.add_argument("--seed", type=int, default=0, help="which persons (default: 0)")
+    keypoints = parser.add_argument_group("keypoints and pairs (default: what lies in the root)")
+    keypoints.add_argument(
+        "--pose-network", metavar="FILE", help="OpenPose weights (.pth), a hub repository or ONNX"
+    )
+    keypoints.add_argument(
+        "--keypoints", nargs="+", default=[], metavar="FILE", help="PATN csv, OpenPose or COCO JSON"
+    )
+    keypoints.add_argument(
+        "--keypoints-frame",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="what their coordinates refer to (default: each photo)",
+    )
+    keypoints.add_argument(
+        "--pairs", nargs="+", metavar="SPLIT=FILE", help="csv from,to instead of all pairs"
+    )
+    running = parser.add_argument_group("running")
+    running.add_argument("--num-workers", type=int, metavar="N", help="default: all cores")
+    running.add_argument("--ray-address", metavar="HOST:PORT", help="a running Ray cluster")
+    return parser
+
+
+def _read_settings(options: argparse.Namespace) -> JobSettings:
+    settings = JobSettings(
+        dataset=options.dataset,
+        root=options.root,
+        output=options.output,
+        jpeg_quality=options.jpeg_quality,
+        shard_size_bytes=int(options.shard_size * 1e6),
+        splits=tuple(sorted(options.splits)) if options.splits else None,
+        limit=options.limit,
+        seed=options.seed,
+        keypoints=tuple(file for path in options.keypoints for file in _files(path)),
+        keypoints_frame=tuple(options.keypoints_frame) if options.keypoints_frame else None,
+        pairs=_read_pairs(options.pairs) if options.pairs else None,
+        pose_network=options.pose_network,
+    )
+    if options.image_size is None:
+        return settings
+    size = _read_image_size(options.image_size)
+    return replace(settings, image_size=size, test_image_size=size)
+
+
+def _read_image_size(words: Sequence[str]) -> tuple[int, int] | None:
+    if list(words) == [ORIGINAL]:
+        return None
+    if len(words) != 2 or not all(word.isdecimal() for word in words):
+        raise SettingsError(f"--image-size {' '.join(words)}: give HEIGHT WIDTH or {ORIGINAL!r}")
+    return int(words[0]), int(words[1])
+
+
+def _read_pairs(words: Sequence[str]) -> dict[str, str]:
+    pairs = dict(word.split("=", 1) for word in words if "=" in word)
+    if len(pairs) != len(words):
+        raise SettingsError(f"--pairs {' '.join(words)}: give SPLIT=FILE, each split once")
+    return pairs
+
+
+def _files(path: str) -> list[str]:
+    """Return the JSON files of a folder, or the file itself."""
+    fs, place = url_to_fs(path)
+    if not fs.isdir(place):
+        return [path]
+    return [fs.unstrip_protocol(file) for file in sorted(fs.glob(f"{place}/*.json"))]
+
+
+def _summarize(result: JobResult, output: str) -> str:
+    manifest = result.manifest
+    lines = [f"{output} is complete" + ("" if result.seconds else " already: nothing was done")]
+    header = ("", "images", "persons", "valid", "pairs")
+    rows = [header] + [
+        (split, *(f"{n:,}" for n in (counts.images, counts.persons, counts.valid, counts.pairs)))
+        for split, counts in manifest.counts.items()
+    ]
+    lines += ["".join(f"{cell:>12}" for cell in row) for row in rows]
+    size_bytes = sum(shard.size_bytes for shard in manifest.shards)
+    size_bytes += sum(table.size_bytes for table in manifest.tables)
+    lines.append(f"{len(manifest.shards):,} shards, {size_bytes / 1e6:,.1f} MB in all")
+    if manifest.rejects:
+        lines.append("left out of the shards or of all pairs (see rejects.parquet):")
+        lines += [f"{count:>12,}  {reason}" for reason, count in manifest.rejects.items()]
+    if result.seconds:
+        stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
+        lines.append(f"seconds: {stages}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

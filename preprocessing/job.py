@@ -1,0 +1,228 @@
+"""The whole job: listing, keypoints, shards, index and pairs; goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from cfld.keypoints import KeypointsError
+from cfld.openpose import PoseNetworkError
+from cfld.pose_network import PoseEstimator, PoseEstimatorConfig
+from preprocessing.assembly import Ingredients, assemble
+from preprocessing.datasets import DATASETS
+from preprocessing.job_settings import JobSettings, SettingsError, with_published_files
+from preprocessing.keypoint_stage import (
+    count_finished,
+    estimate_keypoints,
+    join_keypoints,
+    read_estimates,
+)
+from preprocessing.listing_stage import (
+    PhotoListing,
+    list_dataset,
+    select_photos,
+    with_size_estimates,
+)
+from preprocessing.photo_reader import PhotoStoreError
+from preprocessing.progress import Progress
+from preprocessing.published_keypoints import KEYPOINTS_SCHEMA, read_published
+from preprocessing.ray_session import ray_session
+from preprocessing.rejects import rejects_table
+from preprocessing.shard_plan import PlannedShard, plan_shards
+from preprocessing.shard_stage import PHOTO_SCHEMA, ShardOrder, build_shard, record_file
+from preprocessing.store import WORK_FOLDER, Store
+from shards.format import MANIFEST_FILE, FormatError, Manifest
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = f"{WORK_FOLDER}/settings.json"
+_MAX_RETRIES = 5  # of a shard whose worker died, or whose photos' store failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobResult:
+    """What the job left, and the seconds of each stage; none if there was nothing to do."""
+
+    manifest: Manifest
+    seconds: Mapping[str, float]
+
+
+def run_job(
+    settings: JobSettings, *, num_workers: int | None = None, ray_address: str | None = None
+) -> JobResult:
+    """Make a shard set, or what is missing of it.
+
+    The result does not depend on how many workers there are, nor on how often it was stopped.
+
+    Raises:
+        SettingsError: If input or settings cannot be used, or the output was made with others.
+        OutputError: If the output cannot be written; what is finished is kept.
+    """
+    try:
+        settings = with_published_files(settings)
+        store = Store.open(settings.output)
+        if (manifest := _find_finished(store, settings)) is not None:
+            store.remove_work()
+            return JobResult(manifest=manifest, seconds={})
+        with ExitStack() as stack:
+            start_ray = cache(lambda: stack.enter_context(ray_session(ray_address, num_workers)))
+            job = _Job(settings, store, Progress(), start_ray)
+            manifest = job.run()
+    except (FileNotFoundError, FormatError, KeypointsError, PoseNetworkError) as error:
+        raise SettingsError(str(error)) from error
+    store.remove_work()
+    return JobResult(manifest=manifest, seconds=job.progress.seconds)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A job under way; `start_ray` starts Ray when it is first needed, and gives its workers."""
+
+    settings: JobSettings
+    store: Store
+    progress: Progress
+    start_ray: Callable[[], int]
+
+    def run(self) -> Manifest:
+        with self.progress.stage("listing"):
+            listing = PhotoListing.load(self.store) or _list(self.settings, self.store)
+        photos, keypoint_rejects = self._find_keypoints(listing)
+        num_bytes = photos["estimated_bytes"].to_numpy()
+        plan = list(plan_shards(photos, num_bytes, self.settings.shard_size_bytes))
+        self._make_shards(photos, plan)
+        with self.progress.stage("index and pairs"):
+            ingredients = Ingredients(
+                dataset=self.settings.dataset,
+                settings=self.settings.record(),
+                listing=listing,
+                pair_lists=self.settings.pairs or {},
+                keypoint_rejects=keypoint_rejects,
+            )
+            return assemble(self.store, [shard.name for shard in plan], ingredients)
+
+    def _find_keypoints(self, listing: PhotoListing) -> tuple[pa.Table, pa.Table]:
+        """Return the photos with their keypoints, and the rejects of this stage."""
+        photos = listing.photos
+        found, rejects = KEYPOINTS_SCHEMA.empty_table(), rejects_table(())
+        missing = photos.filter(pc.is_null(photos["keypoints"])).combine_chunks()
+        if self.settings.keypoints:
+            with self.progress.stage("keypoints"):
+                found, rejects = read_published(
+                    self.settings.keypoints,
+                    self.settings.keypoints_frame,
+                    photos["name"].combine_chunks(),
+                    listing.unselected,
+                )
+        elif missing.num_rows:
+            self._estimate(missing.select(["name", "path"]))
+            found = read_estimates(self.store)
+        joined, bad = join_keypoints(photos, found)
+        return joined, pa.concat_tables([rejects, bad])
+
+    def _estimate(self, photos: pa.Table) -> None:
+        finished = count_finished(photos.num_rows, self.store)
+        if finished == photos.num_rows:
+            return
+        # One thread each: the workers share the cores, and results are the same for any number.
+        config = PoseEstimatorConfig(num_threads=1)
+        if self.settings.pose_network is not None:
+            config = replace(config, network=self.settings.pose_network)
+        PoseEstimator(config)  # a network that cannot be had is noticed before work starts
+        num_workers = self.start_ray()
+        with self.progress.stage("keypoints", photos.num_rows, finished) as bar:
+            estimate_keypoints(photos, self.store, config, num_workers, bar.update)
+
+    def _make_shards(self, photos: pa.Table, plan: Sequence[PlannedShard]) -> None:
+        pending = [shard for shard in plan if not self.store.exists(record_file(shard.name))]
+        if not pending:
+            return
+        num_workers = self.start_ray()
+        num_done = photos.num_rows - sum(shard.num_photos for shard in pending)
+        with self.progress.stage("shards", photos.num_rows, num_done) as bar:
+            running: dict[ray.ObjectRef, int] = {}
+            for task, num_photos in self._submit(photos, pending):
+                running[task] = num_photos
+                if len(running) >= num_workers:
+                    bar.update(_wait_for_one(running))
+            while running:
+                bar.update(_wait_for_one(running))
+
+    def _submit(
+        self, photos: pa.Table, pending: Sequence[PlannedShard]
+    ) -> Iterator[tuple[ray.ObjectRef, int]]:
+        """Start the task of each shard when the next is asked for; yield it and its size."""
+        task = ray.remote(build_shard).options(
+            num_cpus=1, max_retries=_MAX_RETRIES, retry_exceptions=[PhotoStoreError]
+        )
+        for shard in pending:
+            order = ShardOrder(
+                name=shard.name,
+                split=shard.split,
+                dataset=self.settings.dataset,
+                image_size=self.settings.image_size_of(shard.split),
+                jpeg_quality=self.settings.jpeg_quality,
+            )
+            rows = photos.slice(shard.start, shard.num_photos)
+            rows = rows.filter(pc.is_null(rows["reason"])).select(PHOTO_SCHEMA.names)
+            yield task.remote(self.store, order, rows.combine_chunks()), shard.num_photos
+
+
+def _find_finished(store: Store, settings: JobSettings) -> Manifest | None:
+    """Return the manifest if the set is complete; refuse an output of something else."""
+    record = settings.record()
+    if store.exists(MANIFEST_FILE):
+        where = store.path(MANIFEST_FILE)
+        manifest = Manifest.from_json(store.read_bytes(MANIFEST_FILE).decode(), where)
+        _require_same(record, manifest.settings, where)
+        return manifest
+    if store.exists(SETTINGS_FILE):
+        found = json.loads(store.read_bytes(SETTINGS_FILE))
+        _require_same(record, found, store.path(SETTINGS_FILE))
+        return None
+    if foreign := [name for name in store.names() if name.endswith((".tar", ".parquet"))]:
+        raise SettingsError(
+            f"{store.root}: holds {foreign[0]}, which an unfinished job did not leave; choose "
+            "another output folder"
+        )
+    return None
+
+
+def _require_same(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise SettingsError(
+                f"{where}: made with {name} = {found.get(name)!r}, now it is "
+                f"{wanted.get(name)!r}; use the settings of then, or another output folder"
+            )
+
+
+def _list(settings: JobSettings, store: Store) -> PhotoListing:
+    listing = list_dataset(DATASETS[settings.dataset].list_photos(settings.root))
+    try:
+        listing = select_photos(
+            listing, splits=settings.splits, limit=settings.limit, seed=settings.seed
+        )
+    except ValueError as error:
+        raise SettingsError(f"{settings.root}: {error}") from error
+    splits = listing.photos["split"].unique().to_pylist()
+    sizes = {split: settings.image_size_of(split) for split in splits}
+    listing = replace(listing, photos=with_size_estimates(listing.photos, sizes))
+    store.write_bytes(SETTINGS_FILE, json.dumps(settings.record(), indent=2).encode())
+    listing.save(store)
+    return listing
+
+
+def _wait_for_one(running: dict[ray.ObjectRef, int]) -> int:
+    """Wait until a task has ended, take it out, raise what it raised; return its size."""
+    (task,), _ = ray.wait(list(running), num_returns=1)
+    ray.get(task)
+    return running.pop(task)

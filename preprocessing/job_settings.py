@@ -1,0 +1,104 @@
+"""What a job makes, resolved and comparable: kept in the work folder and in the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from preprocessing.datasets import DATASETS
+from preprocessing.listing import Annotations
+from shards.format import sha256_of
+
+ORIGINAL = "original"
+UNTOUCHED_SPLIT = "test"  # its photos are the ground truth of scores
+
+
+class SettingsError(ValueError):
+    """Input or settings that cannot be used, found before work starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """What to make from what. How fast (workers, cluster) is no part of it: it changes nothing.
+
+    An image size is (height, width), None keeps the photo's file as it is. `keypoints` are files
+    in a format of `cfld.keypoints` that refer to `keypoints_frame`, to each image itself where that
+    is None; `pairs` maps a split to a `from,to` csv. `pose_network` is what
+    `PoseEstimatorConfig.network` says, None for its default. `limit` counts photos, `seed` chooses.
+    """
+
+    dataset: str
+    root: str
+    output: str
+    image_size: tuple[int, int] | None = (512, 512)
+    test_image_size: tuple[int, int] | None = None
+    jpeg_quality: int = 95
+    shard_size_bytes: int = 64_000_000
+    splits: tuple[str, ...] | None = None
+    limit: int | None = None
+    seed: int = 0
+    keypoints: tuple[str, ...] = ()
+    keypoints_frame: tuple[int, int] | None = None
+    pairs: Mapping[str, str] | None = None
+    pose_network: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dataset not in DATASETS:
+            raise SettingsError(f"dataset {self.dataset!r}: choose one of {sorted(DATASETS)}")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise SettingsError(f"JPEG quality {self.jpeg_quality}: must lie in 1..100")
+        if self.limit is not None and self.limit < 1:
+            raise SettingsError(f"limit {self.limit}: at least one photo is needed")
+        for size in (self.image_size, self.test_image_size, self.keypoints_frame):
+            if size is not None and min(size) < 1:
+                raise SettingsError(f"size {size}: height and width must be positive")
+
+    def image_size_of(self, split: str) -> tuple[int, int] | None:
+        """Return the size that images of a split are stored in, None for photos as they are."""
+        return self.test_image_size if split == UNTOUCHED_SPLIT else self.image_size
+
+    def record(self) -> dict[str, Any]:
+        """Return what the manifest keeps: all but the output's place, files with their hashes."""
+        record = asdict(self)
+        del record["output"]
+        for name in ("image_size", "test_image_size"):
+            record[name] = record[name] or ORIGINAL
+        record["keypoints"] = {path: _sha256(path) for path in self.keypoints}
+        record["pairs"] = {
+            split: {path: _sha256(path)} for split, path in (self.pairs or {}).items()
+        }
+        if self.pose_network is not None and Path(self.pose_network).is_file():
+            record["pose_network"] = {self.pose_network: _sha256(self.pose_network)}
+        return {name: _as_json(value) for name, value in record.items()}
+
+
+def with_published_files(settings: JobSettings) -> JobSettings:
+    """Fill in the published keypoints and pairs that lie in the root, unless others were asked for.
+
+    A pose network that was asked for wins over published keypoints.
+
+    Raises:
+        FileNotFoundError: If the root is not this dataset.
+    """
+    found: Annotations = DATASETS[settings.dataset].find_annotations(settings.root)
+    if settings.pairs is None:
+        settings = replace(settings, pairs=dict(found.pairs))
+    if not settings.keypoints and settings.pose_network is None:
+        settings = replace(settings, keypoints=found.keypoints, keypoints_frame=found.frame)
+    return settings
+
+
+def _sha256(path: str) -> str:
+    fs, local = url_to_fs(path)
+    try:
+        return sha256_of(fs, local)
+    except FileNotFoundError as error:
+        raise SettingsError(f"{path}: there is no such file") from error
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,151 @@
+"""Finds keypoints: the photo's own, a published file's, or a pose network's on a pool of actors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+from jaxtyping import UInt8
+
+from cfld.images import ImageError, decode_image
+from cfld.pose_network import PoseEstimator, PoseEstimatorConfig
+from preprocessing.photo_reader import read_ahead
+from preprocessing.published_keypoints import KEYPOINTS_SCHEMA
+from preprocessing.rejects import rejects_of_columns
+from preprocessing.store import WORK_FOLDER, Store
+
+PARTS_FOLDER = f"{WORK_FOLDER}/keypoints"
+
+# What is lost with an actor, and what it holds decoded at once.
+NUM_BLOCK = 64
+
+# A dead actor is started again, wherever there is room, and its block given to another meanwhile.
+# A photo that kills every actor it meets must not do so for ever.
+_MAX_RESTARTS = 20
+_MAX_TASK_RETRIES = 5
+
+
+def estimate_keypoints(
+    photos: pa.Table,
+    store: Store,
+    config: PoseEstimatorConfig,
+    num_workers: int,
+    advance: Callable[[int], object],
+) -> None:
+    """Run the pose network on all photos whose part file is not there yet.
+
+    Paths go out, numbers of finished photos come back (to `advance`): decoded photos stay in the
+    actor. Blocks are fixed by the listing, so that batches, and with them every last bit of the
+    results, do not depend on what was finished before.
+    """
+    blocks = [
+        photos.slice(start, NUM_BLOCK).append_column("part", pa.repeat(_part(start), length))
+        for start, length in _pending(photos.num_rows, store)
+    ]
+    if not blocks:
+        return
+    has_gpu = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
+    num_actors = int(ray.cluster_resources()["GPU"]) if has_gpu else num_workers
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports its plan at every start
+    done = ray.data.from_arrow(blocks).map_batches(
+        KeypointActor,
+        fn_constructor_args=(store, config),
+        batch_size=None,  # a block
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(blocks))),
+        num_cpus=1,
+        num_gpus=1 if has_gpu else None,
+        max_restarts=_MAX_RESTARTS,
+        max_task_retries=_MAX_TASK_RETRIES,
+    )
+    for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+        advance(pc.sum(batch["num_photos"]).as_py())
+
+
+def count_finished(num_photos: int, store: Store) -> int:
+    """Return how many of the photos have their keypoints already."""
+    return num_photos - sum(length for _, length in _pending(num_photos, store))
+
+
+def read_estimates(store: Store) -> pa.Table:
+    """Return the keypoints of all part files."""
+    names = store.names(PARTS_FOLDER)
+    tables = [store.read_table(f"{PARTS_FOLDER}/{name}") for name in names]
+    return pa.concat_tables([KEYPOINTS_SCHEMA.empty_table(), *tables])
+
+
+class KeypointActor:
+    """Holds a pose network; writes the keypoints of each block to a part file of its own."""
+
+    def __init__(self, store: Store, config: PoseEstimatorConfig) -> None:
+        self._store = store
+        self._estimator = PoseEstimator(config)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Process a block; processing it again leaves the same file."""
+        photos = [_decode(data) for data in read_ahead(block["path"].to_pylist())]
+        images = [photo for photo in photos if not isinstance(photo, ImageError)]
+        poses = iter(self._estimator.estimate(images))
+        rows = []
+        for name, photo in zip(block["name"].to_pylist(), photos, strict=True):
+            if isinstance(photo, ImageError):
+                rows.append({"name": name, "reason": photo.reason, "detail": photo.detail})
+            else:
+                pose = next(poses)
+                keypoints = pose.keypoints.ravel()
+                rows.append({"name": name, "keypoints": keypoints, "num_people": pose.num_people})
+        self._store.write_table(
+            f"{PARTS_FOLDER}/{block['part'][0]}", pa.Table.from_pylist(rows, KEYPOINTS_SCHEMA)
+        )
+        return pa.table({"num_photos": [block.num_rows]})
+
+
+def join_keypoints(photos: pa.Table, found: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Add what was found to the photos, before what they bring; return them, and the rejects.
+
+    Rejected photos stay in the table, with their `reason`: the shard plan depends on the listing
+    alone.
+    """
+    rows = pc.index_in(photos["name"].combine_chunks(), found["name"].combine_chunks())
+    joined = photos
+    for field in KEYPOINTS_SCHEMA:
+        if field.name == "name":
+            continue
+        values = found[field.name].combine_chunks().take(rows)
+        if field.name == "keypoints":
+            values = pc.coalesce(values, photos["keypoints"].combine_chunks())
+            joined = joined.drop_columns(["keypoints"])
+        joined = joined.append_column(field, values)
+    bad = joined.filter(pc.is_valid(joined["reason"])).combine_chunks()
+    path, name, reason, detail = (
+        bad[column].combine_chunks() for column in ("path", "name", "reason", "detail")
+    )
+    rejects = rejects_of_columns(
+        "keypoints", reason, path, name=name, detail=detail, num_rows=bad.num_rows
+    )
+    return joined, rejects
+
+
+def _pending(num_photos: int, store: Store) -> Iterator[tuple[int, int]]:
+    """Yield start and length of the blocks that have no part file."""
+    finished = set(store.names(PARTS_FOLDER))
+    for start in range(0, num_photos, NUM_BLOCK):
+        if _part(start) not in finished:
+            yield start, min(NUM_BLOCK, num_photos - start)
+
+
+def _part(start: int) -> str:
+    return f"{start:09d}.parquet"
+
+
+def _decode(data: Future[bytes]) -> UInt8[np.ndarray, "height width 3"] | ImageError:
+    try:
+        return decode_image(data.result())
+    except ImageError as error:
+        return error

@@ -1,0 +1,167 @@
+"""Forms the pairs: all ordered ones inside a person, or a published list's."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Bool, Int
+
+from preprocessing.listing import Reject
+from preprocessing.rejects import rejects_of_columns, rejects_table
+from shards.format import PAIRS_SCHEMA
+
+
+@dataclass(frozen=True)
+class PairList:
+    """A published list, as photo names, and the rejects of its malformed rows."""
+
+    sources: pa.Array
+    targets: pa.Array
+    rejects: pa.Table
+
+
+def number_persons(images: pa.Table) -> Int[np.ndarray, " images"]:
+    """Give the images of one person in one split one number; `images` is sorted by both."""
+    last = images.num_rows - 1
+    if last < 0:
+        return np.zeros(0, np.int64)
+    is_new = np.zeros(last, bool)
+    for name in ("split", "person"):
+        values = images[name].combine_chunks()
+        differs = pc.not_equal(values.slice(1), values.slice(0, last))
+        is_new |= differs.to_numpy(zero_copy_only=False)
+    return np.concatenate([[0], np.cumsum(is_new)])
+
+
+def form_pairs(
+    person_ids: Int[np.ndarray, " images"], is_valid: Bool[np.ndarray, " images"]
+) -> Int[np.ndarray, "pairs 2"]:
+    """Return all ordered pairs (source, target) of different valid images of one person, sorted.
+
+    Images of one id must be neighbours; pairs hold their row numbers.
+    """
+    rows = np.flatnonzero(is_valid)
+    _, starts, sizes = np.unique(person_ids[rows], return_index=True, return_counts=True)
+    blocks = [np.zeros((0, 2), np.int32)]
+    for size in np.unique(sizes[sizes > 1]):
+        members = rows[starts[sizes == size][:, None] + np.arange(size)]  # [persons, size]
+        source, target = np.nonzero(~np.eye(size, dtype=bool))
+        pairs = np.stack([members[:, source], members[:, target]], axis=-1)
+        blocks.append(pairs.reshape(-1, 2).astype(np.int32))
+    pairs = np.concatenate(blocks)
+    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+
+
+def read_pair_list(path: str) -> PairList:
+    """Read a csv of photo names with the columns `from` and `to`, as published with PATN."""
+    sources: list[str] = []
+    targets: list[str] = []
+    rejects = []
+    with fsspec.open(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as lines:
+        for number, row in enumerate(csv.reader(lines), 1):
+            names = [cell.strip() for cell in row]
+            if number == 1 and names == ["from", "to"]:
+                continue
+            if len(names) == 2 and all(names):
+                sources.append(names[0])
+                targets.append(names[1])
+            elif any(names):
+                reject = Reject(
+                    path=f"{path}:{number}",
+                    stage="pairs",
+                    reason="malformed_row",
+                    detail=f"{','.join(row)[:200]!r} is not of the form from,to",
+                )
+                rejects.append((reject, None))
+    return PairList(
+        pa.array(sources, pa.string()), pa.array(targets, pa.string()), rejects_table(rejects)
+    )
+
+
+def find_listed_pairs(
+    listed: PairList, path: str, images: pa.Table, unselected: pa.Array
+) -> tuple[Int[np.ndarray, "pairs 2"], pa.Table]:
+    """Look up the rows of `images` that a list names; what cannot be a pair comes as rejects.
+
+    Both images must be stored and show one person, which keeps a pair inside one shard. Pairs with
+    an `unselected` name are passed over: they were not asked for.
+    """
+    sides = (listed.sources, listed.targets)
+    names = images["name"].combine_chunks()
+    pairs = np.stack([_find(side, names) for side in sides], axis=-1).astype(np.int32)
+    is_known = (pairs >= 0).all(axis=1)
+    person_ids = number_persons(images)
+    is_one_person = is_known & (np.ptp(person_ids[pairs], axis=1) == 0)
+    is_pair = is_one_person & (pairs[:, 0] != pairs[:, 1])
+    is_reject = ~is_pair & ~np.any([_find(side, unselected) >= 0 for side in sides], axis=0)
+    reasons = np.where(is_one_person, "pair_of_one_image", "pair_of_two_persons")
+    reasons = np.where(is_known, reasons, "pair_of_missing_image")[is_reject]
+    mask = pa.array(is_reject)
+    rejects = rejects_of_columns(
+        "pairs",
+        pa.array(reasons.tolist(), pa.string()),
+        path,
+        detail=pc.binary_join_element_wise(*(side.filter(mask) for side in sides), ","),
+        num_rows=len(reasons),
+    )
+    return pairs[is_pair], rejects
+
+
+def make_pairs(
+    images: pa.Table, lists: Mapping[str, str], unselected: pa.Array
+) -> tuple[pa.Table, pa.Table]:
+    """Make the pairs and rejects of a sorted index; splits with a published list take that list's.
+
+    `images` needs the columns `name, person, split, is_valid`; `lists` maps a split to a csv.
+    """
+    person_ids, is_valid = number_persons(images), images["is_valid"].to_numpy()
+    tables, rejects = [PAIRS_SCHEMA.empty_table()], []
+    for split in sorted(images["split"].unique().to_pylist()):
+        is_in_split = pc.equal(images["split"], split).to_numpy()
+        if split in lists:
+            first = int(np.argmax(is_in_split))
+            part = images.slice(first, int(is_in_split.sum()))
+            listed = read_pair_list(lists[split])
+            pairs, unusable = find_listed_pairs(listed, lists[split], part, unselected)
+            pairs += np.int32(first)
+            rejects += [listed.rejects, unusable]
+        else:
+            pairs = form_pairs(person_ids, is_valid & is_in_split)
+        columns = [pairs[:, 0], pairs[:, 1], pa.repeat(split, len(pairs))]
+        tables.append(pa.table(columns, schema=PAIRS_SCHEMA))
+    return pa.concat_tables(tables), pa.concat_tables([rejects_table(()), *rejects])
+
+
+def explain_unpaired(images: pa.Table, pairs: pa.Table) -> pa.Table:
+    """Make the rejects of the stored images that are in no pair.
+
+    `images` needs the columns `path, name, person, split, is_valid, invalid_reason`, the last one
+    null where an image is valid.
+    """
+    is_unpaired = np.ones(images.num_rows, bool)
+    for side in ("source", "target"):
+        is_unpaired[pairs[side].to_numpy()] = False
+    person_ids = number_persons(images)
+    num_valid = np.bincount(person_ids, weights=images["is_valid"].to_numpy(), minlength=1)
+    is_alone = num_valid[person_ids[is_unpaired]] < 2
+    unpaired = images.filter(pa.array(is_unpaired)).combine_chunks()
+    valid_reasons = pc.if_else(pa.array(is_alone), "single_image", "not_in_pair_list")
+    return rejects_of_columns(
+        "pairs",
+        pc.coalesce(unpaired["invalid_reason"], valid_reasons).combine_chunks(),
+        unpaired["path"].combine_chunks(),
+        name=unpaired["name"].combine_chunks(),
+        num_rows=unpaired.num_rows,
+        is_stored=True,
+    )
+
+
+def _find(names: pa.Array, among: pa.Array) -> Int[np.ndarray, " names"]:
+    """Return where each name stands among others, -1 where it does not."""
+    return pc.fill_null(pc.index_in(names, among), -1).to_numpy(zero_copy_only=False)

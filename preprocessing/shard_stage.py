@@ -1,0 +1,235 @@
+"""Makes one shard: reads, resizes, encodes and packs its photos in one task, with their records."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32
+from PIL import Image
+
+from cfld.images import ImageError, decode_image, encode_jpeg, encode_png, resize_image
+from cfld.pose import draw_skeleton, is_found
+from preprocessing.listing import Reject
+from preprocessing.photo_reader import read_ahead
+from preprocessing.rejects import rejects_table
+from preprocessing.shard_writer import TarWriter
+from preprocessing.store import WORK_FOLDER, Store
+from shards.format import (
+    INDEX_SCHEMA,
+    NUM_JOINTS,
+    POSE_SIZE,
+    SAMPLE_FIELDS,
+    ShardFile,
+    member_name,
+)
+
+SHOULDERS_AND_HIPS = (2, 5, 8, 11)
+
+# A photo as this stage needs it. Keypoints refer to a frame (height, width), null: the photo's own.
+PHOTO_SCHEMA = pa.schema(
+    [
+        pa.field("path", pa.string()),
+        pa.field("key", pa.string()),
+        pa.field("name", pa.string()),
+        pa.field("person", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("view", pa.string()),
+        pa.field("is_pairable", pa.bool_()),
+        pa.field("keypoints", pa.list_(pa.float32())),
+        pa.field("frame_height", pa.int32()),
+        pa.field("frame_width", pa.int32()),
+        pa.field("num_people", pa.int32()),
+    ]
+)
+
+# The rows of the index, and what the rejects table needs of them.
+RECORD_SCHEMA = INDEX_SCHEMA.append(pa.field("path", pa.string())).append(
+    pa.field("invalid_reason", pa.string())
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOrder:
+    """What to make: the shard's name and how to store images; `image_size` None keeps the files."""
+
+    name: str
+    split: str
+    dataset: str
+    image_size: tuple[int, int] | None
+    jpeg_quality: int
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image as it goes into the tar, its own size and the size of the photo it came from."""
+
+    data: bytes
+    extension: str
+    size: tuple[int, int]
+    photo_size: tuple[int, int]
+
+
+def build_shard(store: Store, order: ShardOrder, photos: pa.Table) -> int:
+    """Write a shard, then its record, whose existence says "done"; return the number of images.
+
+    Photos that cannot be read are left out and noted. `photos` has the columns of `PHOTO_SCHEMA`.
+    """
+    rows: list[dict[str, Any]] = []
+    rejects: list[tuple[Reject, str]] = []
+    paths = photos["path"].to_pylist()
+    with store.new_file(order.name) as file, TarWriter(file) as tar:
+        for data, photo in zip(read_ahead(paths), photos.to_pylist(), strict=True):
+            image = _try_to_store(data, order)
+            if isinstance(image, ImageError):
+                rejects.append((_reject(photo, image), photo["name"]))
+            else:
+                rows.append(_add_sample(tar, order, photo, image))
+    shard = ShardFile(
+        name=order.name,
+        split=order.split,
+        num_images=len(rows),
+        size_bytes=tar.size_bytes,
+        sha256=tar.sha256,
+    )
+    record = pa.Table.from_pylist(rows, RECORD_SCHEMA.with_metadata({"shard": _to_json(shard)}))
+    store.write_table(rejects_file(order.name), rejects_table(rejects))
+    store.write_table(record_file(order.name), record)
+    return len(rows)
+
+
+def record_file(shard: str) -> str:
+    """Return where a finished shard's index rows are kept until all shards are finished."""
+    return f"{WORK_FOLDER}/shards/{shard}.parquet"
+
+
+def rejects_file(shard: str) -> str:
+    """Return where a finished shard's rejects are kept until all shards are finished."""
+    return f"{WORK_FOLDER}/shards/{shard}.rejects.parquet"
+
+
+def shard_of_record(record: pa.Table) -> ShardFile:
+    """Return the description of a finished shard that its record carries."""
+    return ShardFile(**json.loads(record.schema.metadata[b"shard"]))
+
+
+def store_image(data: Future[bytes], order: ShardOrder) -> StoredImage:
+    """Bring a photo's file into the form that the order asks for.
+
+    Raises:
+        ImageError: If the file cannot be read or decoded.
+    """
+    encoded = data.result()
+    photo = decode_image(encoded)
+    height, width, _ = photo.shape
+    if order.image_size is None:
+        return StoredImage(encoded, _extension(encoded), (height, width), (height, width))
+    image = resize_image(photo, order.image_size)
+    jpeg = encode_jpeg(image, order.jpeg_quality)
+    return StoredImage(jpeg, "jpg", order.image_size, (height, width))
+
+
+def scale_keypoints(
+    keypoints: Float32[np.ndarray, "*batch 18 3"], old: tuple[int, int], new: tuple[int, int]
+) -> Float32[np.ndarray, "*batch 18 3"]:
+    """Bring keypoints from one (height, width) frame to another as `x * new / old`.
+
+    Multiplied first, in float64, and rounded to float32 once: a coordinate that falls on a whole
+    pixel of the pose map falls on it again, where truncation would turn 15.999 into 15.
+    """
+    scaled = keypoints.astype(np.float64)
+    scaled[..., :2] = scaled[..., :2] * (new[1], new[0]) / (old[1], old[0])
+    return scaled.astype(np.float32)
+
+
+def explain_invalid(photo: Mapping[str, Any]) -> str | None:
+    """Return why a photo may stand in no pair, None if it may."""
+    if not photo["is_pairable"]:
+        return "not_pairable"
+    if photo["keypoints"] is None:
+        return "no_keypoints"
+    found = is_found(_keypoints(photo))
+    if not found.any():
+        return "no_person"
+    return None if found[list(SHOULDERS_AND_HIPS)].all() else "too_few_joints"
+
+
+def _try_to_store(data: Future[bytes], order: ShardOrder) -> StoredImage | ImageError:
+    try:
+        return store_image(data, order)
+    except ImageError as error:
+        return error
+
+
+def _reject(photo: Mapping[str, Any], error: ImageError) -> Reject:
+    return Reject(path=photo["path"], stage="shards", reason=error.reason, detail=error.detail)
+
+
+def _add_sample(
+    tar: TarWriter, order: ShardOrder, photo: dict[str, Any], image: StoredImage
+) -> dict[str, Any]:
+    """Append a sample's members to the tar; return its row of the record."""
+    frame = (photo["frame_height"], photo["frame_width"])
+    old = image.photo_size if None in frame else frame
+    keypoints = scale_keypoints(_keypoints(photo), old, image.size)
+    invalid_reason = explain_invalid(photo)
+    row = photo | {
+        "dataset": order.dataset,
+        "height": image.size[0],
+        "width": image.size[1],
+        "photo_height": image.photo_size[0],
+        "photo_width": image.photo_size[1],
+        "is_valid": invalid_reason is None,
+        "keypoints": _jsonable(keypoints),
+    }
+    members = {
+        "image": image.data,
+        "pose": encode_png(draw_skeleton(keypoints, image.size, POSE_SIZE)),
+        "json": _to_json({name: row[name] for name in SAMPLE_FIELDS}).encode(),
+    }
+    row |= {"latent_offset": None, "latent_size": None}
+    for member, data in members.items():
+        name = member_name(row["key"], member, image.extension)
+        row[f"{member}_offset"], row[f"{member}_size"] = tar.add(name, data)
+    return row | {
+        "shard": order.name,
+        "image_extension": image.extension,
+        "keypoints": keypoints.ravel(),
+        "invalid_reason": invalid_reason,
+    }
+
+
+def _keypoints(photo: Mapping[str, Any]) -> Float32[np.ndarray, "18 3"]:
+    if photo["keypoints"] is None:
+        missing = np.full((NUM_JOINTS, 3), np.nan, np.float32)
+        missing[:, 2] = 0
+        return missing
+    return np.array(photo["keypoints"], np.float32).reshape(NUM_JOINTS, 3)
+
+
+def _jsonable(keypoints: Float32[np.ndarray, "18 3"]) -> list[list[float | None]]:
+    """Return numbers whose shortest decimal form gives back the same float32, null for NaN."""
+    return [
+        [None if np.isnan(number) else float(str(number)) for number in joint]
+        for joint in keypoints
+    ]
+
+
+def _to_json(value: Any) -> str:
+    if isinstance(value, ShardFile):
+        value = asdict(value)
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _extension(data: bytes) -> str:
+    """Return the usual extension of an image file's true format, whatever its name says."""
+    if data.startswith(b"\xff\xd8"):
+        return "jpg"
+    with Image.open(io.BytesIO(data)) as image:
+        return {"JPEG2000": "jp2", "TIFF": "tif"}.get(image.format or "", f"{image.format}".lower())

@@ -1,0 +1,137 @@
+"""The output folder, local or in an object store: a file appears there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
+
+WORK_FOLDER = "_work"
+
+
+class OutputError(RuntimeError):
+    """The output cannot be written: a full disk, no permission, a store that refuses."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder on some file system; names are relative to it. It can be sent to other processes."""
+
+    fs: AbstractFileSystem
+    root: str
+
+    @classmethod
+    def open(cls, url: str) -> Store:
+        """Return the store at a local path or an fsspec URL; nothing is created yet."""
+        fs, root = url_to_fs(url)
+        return cls(fs, root.rstrip("/"))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether files are renamed into place; else they are uploaded as one object."""
+        return isinstance(self.fs, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        """Return the full path of a name."""
+        return posixpath.join(self.root, name)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return bool(self.fs.exists(self.path(name)))
+
+    def names(self, folder: str = "") -> list[str]:
+        """Return the sorted names of what lies directly in a folder; none if it does not exist."""
+        self.fs.invalidate_cache()
+        try:
+            paths = self.fs.ls(self.path(folder), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(posixpath.basename(path.rstrip("/")) for path in paths)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Read a whole file."""
+        data: bytes = self.fs.cat_file(self.path(name))
+        return data
+
+    def read_table(self, name: str) -> pa.Table:
+        """Read a parquet file."""
+        with self.fs.open(self.path(name), "rb") as file:
+            return pq.read_table(file)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file, replacing one of that name."""
+        with self.new_file(name) as path:
+            path.write_bytes(data)
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write a parquet file, replacing one of that name."""
+        with self.new_file(name) as path:
+            pq.write_table(table, path, compression="zstd")
+
+    @contextmanager
+    def new_file(self, name: str) -> Iterator[Path]:
+        """Give a local path to write to; it takes its final name when the block ends well.
+
+        Several processes may write the same name at once: each has its own temporary file.
+
+        Raises:
+            OutputError: If the disk is full, or the place cannot be written to.
+        """
+        temporary = self._temporary_folder() / f"{uuid.uuid4().hex}.tmp"
+        try:
+            yield temporary
+            self._publish(temporary, name)
+        except OSError as error:
+            raise OutputError(
+                f"{self.path(name)} could not be written: {error.strerror or error}. Make room or "
+                "give permission, then run the same command again: what is finished is kept"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def remove_temporary(self) -> None:
+        """Remove what killed processes left; not while others still write here."""
+        if self.is_local:
+            for path in Path(self.path(WORK_FOLDER)).glob("*.tmp"):
+                path.unlink(missing_ok=True)
+
+    def remove_work(self) -> None:
+        """Remove the work folder with all that it holds."""
+        if self.is_local:
+            shutil.rmtree(self.path(WORK_FOLDER), ignore_errors=True)
+        elif self.exists(WORK_FOLDER):
+            self.fs.rm(self.path(WORK_FOLDER), recursive=True)
+
+    def _temporary_folder(self) -> Path:
+        if not self.is_local:
+            return Path(tempfile.gettempdir())
+        folder = Path(self.path(WORK_FOLDER))  # the same disk, so that renaming is atomic
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"{folder}: cannot make this folder: {error.strerror or error}"
+            ) from error
+        return folder
+
+    def _publish(self, temporary: Path, name: str) -> None:
+        if not self.is_local:
+            self.fs.put_file(str(temporary), self.path(name))
+            return
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut could leave the name without the content
+        target = Path(self.path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.replace(target)
