@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from fsspec.core import url_to_fs
@@ -18,6 +18,12 @@ _CLUTTER = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})
 def is_image(name: str) -> bool:
     """Whether a file name ends as an image's does, in either case."""
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def first_present(wanted: Mapping[str, Sequence[str]], present: Collection[str]) -> dict[str, str]:
+    """Return for each key the first of its names that is present; keys without one are left out."""
+    found = {key: [name for name in names if name in present] for key, names in wanted.items()}
+    return {key: names[0] for key, names in found.items() if names}
 
 
 def resolve(root: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from functools import partial
 import fsspec
 
 from preprocessing.datasets import patn
-from preprocessing.files import is_image, list_folder, resolve, walk_files
+from preprocessing.files import first_present, is_image, list_folder, resolve, walk_files
 from preprocessing.listing import Dataset, Photo, Reject
 
 # Where the folder of MEN and WOMEN lies, depending on where which zip was unpacked.
@@ -107,23 +108,27 @@ def _photo(name: str, split: str, source: Source) -> Photo:
 
 def _read_list(path: str, split: str, split_of: dict[str, str]) -> Iterator[Reject]:
     """Fill `split_of` from a list, a name a line; yield the lines that cannot be used."""
-    with fsspec.open(path, "rt", encoding="utf-8", errors="replace", compression="infer") as lines:
-        for number, line in enumerate(lines, 1):
-            name = line.strip()
-            if name and (name in split_of or raw_path(name) is None):
-                reason = "listed_twice" if name in split_of else "malformed_name"
-                yield Reject(
-                    path=name, stage="listing", reason=reason, detail=f"{path}, line {number}"
-                )
-            elif name:
-                split_of[name] = split
+    for number, line in enumerate(_read_lines(path), 1):
+        name = line.strip()
+        if name and (name in split_of or raw_path(name) is None):
+            reason = "listed_twice" if name in split_of else "malformed_name"
+            yield Reject(path=name, stage="listing", reason=reason, detail=f"{path}, line {number}")
+        elif name:
+            split_of[name] = split
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        with fsspec.open(path, "rt", encoding="utf-8", errors="replace", compression="infer") as f:
+            return list(f)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); get it again.\n{ACCESS}") from error
 
 
 def _find_lists(root: str) -> dict[str, str]:
     _, files = list_folder(root)
     names = {split: [f"{split}.lst", f"{split}.lst.gz"] for split in patn.SPLITS}
-    present = {split: [name for name in names[split] if name in files] for split in patn.SPLITS}
-    return {split: f"{root}/{present[split][0]}" for split in patn.SPLITS if present[split]}
+    return {split: f"{root}/{name}" for split, name in first_present(names, files).items()}
 
 
 def _find_sources(root: str) -> list[Source]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from preprocessing.datasets import patn
-from preprocessing.files import is_image, list_folder, resolve, walk_files
+from preprocessing.files import first_present, is_image, list_folder, resolve, walk_files
 from preprocessing.listing import Dataset, Photo, Reject
 
 # The second name of a split is what other pose-transfer systems rename the folder to.
@@ -53,8 +53,7 @@ def _find_folders(root: str) -> dict[str, str]:
     if "Market-1501-v15.09.15" in below:
         root = f"{root}/Market-1501-v15.09.15"
         below, _ = list_folder(root)
-    present = {split: [n for n in names if n in below] for split, names in FOLDERS.items()}
-    folders = {split: f"{root}/{names[0]}" for split, names in present.items() if names}
+    folders = {split: f"{root}/{name}" for split, name in first_present(FOLDERS, below).items()}
     if not folders.keys() & {"train", "test"}:
         raise FileNotFoundError(
             f"{root}: neither bounding_box_train nor bounding_box_test is here.\n{ACCESS}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from preprocessing.files import list_folder, resolve
+from preprocessing.files import first_present, list_folder, resolve
 from preprocessing.listing import Annotations
 
 SPLITS = ("train", "test")
@@ -19,9 +19,8 @@ def find_annotations(
     _, files = list_folder(root)
 
     def find(kind: str) -> dict[str, str]:
-        names = {split: [f"{p}-{kind}-{split}.csv" for p in prefixes] for split in SPLITS}
-        present = {split: [name for name in names[split] if name in files] for split in SPLITS}
-        return {split: f"{root}/{present[split][0]}" for split in SPLITS if present[split]}
+        names = {split: [f"{prefix}-{kind}-{split}.csv" for prefix in prefixes] for split in SPLITS}
+        return {split: f"{root}/{n}" for split, n in first_present(names, files).items()}
 
     return Annotations(
         keypoints=tuple(find("annotation").values()), frame=frame, pairs=find("pairs")

@@ -226,6 +226,16 @@ def test_a_missing_list_says_where_to_get_it(tmp_path: Path) -> None:
         photos(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"text", gzip.compress(b"a.jpg\n" * 99)[:-9]])
+def test_a_broken_list_is_an_error(tmp_path: Path, content: bytes) -> None:
+    write_lists(tmp_path)
+    write_tree(tmp_path)
+    (tmp_path / "test.lst").unlink()
+    (tmp_path / "test.lst.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"test\.lst\.gz: cannot be read .*; get it again"):
+        photos(tmp_path)
+
+
 def test_no_root_at_all_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder"):
         photos(tmp_path / "nowhere")
