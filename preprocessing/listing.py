@@ -70,7 +70,8 @@ class Dataset:
     Raises:
         FileNotFoundError: From `list_photos`, before the first photo, when the root is not this
             dataset or a list is missing; the message says what was looked for and what to do.
-        ValueError: From `list_photos`, likewise, when a table or list cannot be read or lacks a column.
+        ValueError: From `list_photos`, likewise, when a table or list cannot be read, or a column
+            is missing.
     """
 
     list_photos: Callable[[str], Iterator[Photo | Reject]]
