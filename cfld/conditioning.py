@@ -8,7 +8,7 @@ from einops import repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cfld.attention import KeysValues
+from cfld.attention import LayersKeysValues
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Conditioning:
     """Fine appearance, one per up-sampling cross-attention in the UNet's order."""
     pose_residuals: tuple[Float[Tensor, "batch _c _h _w"], ...]
     """One per down-sampling block with attention, finest first."""
-    prompt_keys_values: tuple[KeysValues, ...] = ()
+    prompt_keys_values: LayersKeysValues = ()
     """Of every cross-attention, once they are computed ahead of the sampling steps."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
@@ -70,5 +70,5 @@ def drop_conditions(
 def _select(kept: Tensor, tensor: Tensor, otherwise: Tensor | None = None) -> Tensor:
     kept = kept.view(-1, *[1] * (tensor.ndim - 1))
     return torch.where(
-        kept, tensor, torch.zeros_like(tensor) if otherwise is None else otherwise.to(tensor.dtype)
+        kept, tensor, torch.zeros_like(tensor) if otherwise is None else otherwise.to(tensor)
     )

@@ -84,7 +84,10 @@ def guide(model: CFLD, conditioning: Conditioning, terms: tuple[Term, ...]) -> G
 
 
 def guided_prediction(
-    model: CFLD, noisy_latents: Latents, timestep: Int[Tensor, ""], guided: GuidedConditioning
+    model: CFLD,
+    noisy_latents: Latents,
+    timestep: Int[Tensor, ""] | Float[Tensor, ""],
+    guided: GuidedConditioning,
 ) -> Latents:
     """The weighted sum of the terms' predictions, in the type of the latents."""
     weights = torch.tensor(guided.weights, device=noisy_latents.device)

@@ -1,9 +1,10 @@
 """CFLD: the one root module that holds S, D, A, P, N and the learnable vector."""
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -26,46 +27,79 @@ from cfld.source_encoder import SourceEncoder
 from cfld.unet import build_unet, install_processors, prompt_keys_values
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConditioningParts:
+    """S, D, A, P and the learnable vector: all but the UNet."""
+
+    source_encoder: SourceEncoder | None
+    prompt_decoder: nn.Module
+    appearance: AppearanceEncoder | None
+    pose_adapter: PoseAdapter
+    learnable_vector: nn.Parameter
+
+
+def build_conditioning_parts(config: CFLDConfig, *, pretrained: bool = True) -> ConditioningParts:
+    """S, D, A and P from pretrained weights where the configuration names some."""
+    attention, features = config.attention, config.feature_shape
+    has_biases = config.appearance.biases != "nothing"
+    has_features = has_biases or config.prompt_decoder.kind != "clip"
+    num_tokens = config.prompt_decoder.num_tokens(features.num_tokens)
+    return ConditioningParts(
+        source_encoder=(
+            SourceEncoder(config.source_encoder, attention=attention, pretrained=pretrained)
+            if has_features
+            else None
+        ),
+        prompt_decoder=build_prompt_decoder(
+            config.prompt_decoder, features, attention=attention, pretrained=pretrained
+        ),
+        appearance=(
+            AppearanceEncoder(config.appearance, config.branch_shapes, attention=attention)
+            if has_biases
+            else None
+        ),
+        pose_adapter=PoseAdapter(
+            config.pose_adapter, channels=tuple(config.unet.channels[: config.num_levels])
+        ),
+        learnable_vector=nn.Parameter(torch.randn(1, num_tokens, config.prompt_decoder.dim)),
+    )
+
+
 class CFLD(nn.Module):
     """Coarse-to-fine latent diffusion (CFLD Fig. 2); `forward` is the training objective."""
 
-    def __init__(self, config: CFLDConfig, *, pretrained: bool = True) -> None:
+    def __init__(
+        self,
+        config: CFLDConfig,
+        *,
+        pretrained: bool = True,
+        parts: ConditioningParts | None = None,
+        unet: UNet2DConditionModel | None = None,
+    ) -> None:
         """Build all parts, from pretrained weights where the configuration names some.
 
-        Without `pretrained` all weights are random and nothing is read or downloaded.
+        Without `pretrained` all weights are random and nothing is read or downloaded. `parts` and
+        `unet` (with its processors) are taken as they are instead of built.
         """
         super().__init__()
         self.config = config
         self.scheduler = build_scheduler(config.diffusion)
-        attention, features = config.attention, config.feature_shape
-        has_biases = config.appearance.biases != "nothing"
-        has_features = has_biases or config.prompt_decoder.kind != "clip"
-        self.source_encoder = (
-            SourceEncoder(config.source_encoder, attention=attention, pretrained=pretrained)
-            if has_features
-            else None
-        )
-        self.prompt_decoder = build_prompt_decoder(
-            config.prompt_decoder, features, attention=attention, pretrained=pretrained
-        )
-        self.appearance = (
-            AppearanceEncoder(config.appearance, config.branch_shapes, attention=attention)
-            if has_biases
-            else None
-        )
-        self.pose_adapter = PoseAdapter(
-            config.pose_adapter, channels=tuple(config.unet.channels[: config.num_levels])
-        )
-        self.unet = build_unet(
-            config.unet,
-            latent_channels=config.codec.latent_channels,
-            prompt_dim=config.prompt_decoder.dim,
-            latent_size=config.latent_size,
-            pretrained=pretrained,
-        )
-        install_processors(self.unet, attention=attention, biases=config.appearance.biases)
-        num_tokens = config.prompt_decoder.num_tokens(features.num_tokens)
-        self.learnable_vector = nn.Parameter(torch.randn(1, num_tokens, config.prompt_decoder.dim))
+        parts = parts or build_conditioning_parts(config, pretrained=pretrained)
+        self.source_encoder = parts.source_encoder
+        self.prompt_decoder = parts.prompt_decoder
+        self.appearance = parts.appearance
+        self.pose_adapter = parts.pose_adapter
+        if unet is None:
+            unet = build_unet(
+                config.unet,
+                latent_channels=config.codec.latent_channels,
+                prompt_dim=config.prompt_decoder.dim,
+                latent_size=config.latent_size,
+                pretrained=pretrained,
+            )
+            install_processors(unet, attention=config.attention, biases=config.appearance.biases)
+        self.unet = unet
+        self.learnable_vector = parts.learnable_vector
         self.set_gradient_checkpointing(config.gradient_checkpointing)
 
     def set_gradient_checkpointing(self, parts: Collection[str]) -> None:
@@ -122,10 +156,12 @@ class CFLD(nn.Module):
     def predict(
         self,
         noisy_latents: Float[Tensor, "batch channels height width"],
-        timesteps: Int[Tensor, " batch"] | Int[Tensor, ""],
+        timesteps: Int[Tensor, " batch"] | Int[Tensor, ""] | Float[Tensor, ""],
         conditioning: Conditioning,
     ) -> Float[Tensor, "batch channels height width"]:
         """The UNet's prediction, epsilon_theta(z_t, t, x_s, x_p).
+
+        Some of diffusers' schedulers have timesteps between the whole ones.
 
         Raises:
             ValueError: If the latents have another size than the configuration's.
