@@ -52,7 +52,6 @@ class AppearanceBranch(nn.Module):
 
     def __init__(self, config: AppearanceConfig, shape: BranchShape, *, attention: str) -> None:
         super().__init__()
-        self.recompute = False
         width = config.widths[shape.level]
         self.conv_in = nn.Conv2d(shape.feature_dim, width, shape.stride, stride=shape.stride)
         self.blocks = nn.ModuleList(
@@ -72,14 +71,14 @@ class AppearanceBranch(nn.Module):
                 module.set_processor(AttentionProcessor(attention))
 
     def forward(
-        self, features: Float[Tensor, "batch channels height width"]
+        self, features: Float[Tensor, "batch channels height width"], recompute: bool = False
     ) -> Float[Tensor, "batch tokens dim"]:
         """The bias of one layer, B = phi_A(f) in Eq. 4."""
         hidden = self.conv_in(features)
         height = hidden.shape[-2]
         hidden = rearrange(hidden, "b c h w -> b (h w) c")
         for block in self.blocks:
-            hidden = run(block, hidden, recompute=self.recompute)
+            hidden = run(block, hidden, recompute=recompute)
         hidden = self.conv_out(rearrange(hidden, "b (h w) c -> b c h w", h=height))
         return rearrange(hidden, "b c h w -> b (h w) c")
 
@@ -91,6 +90,8 @@ class AppearanceEncoder(nn.Module):
         self, config: AppearanceConfig, shapes: Sequence[BranchShape], *, attention: str
     ) -> None:
         super().__init__()
+        self.recompute = False
+        self.recompute = False
         self.levels = tuple(shape.level for shape in shapes)
         self.branches = nn.ModuleList(
             AppearanceBranch(config, shape, attention=attention) for shape in shapes
@@ -98,14 +99,13 @@ class AppearanceEncoder(nn.Module):
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward instead of keeping its activations."""
-        for branch in self.branches:
-            branch.recompute = enabled
+        self.recompute = enabled
 
     def forward(
         self, features: tuple[Float[Tensor, "batch _c _h _w"], ...]
     ) -> tuple[Float[Tensor, "batch _tokens _dim"], ...]:
         """One bias per up-sampling cross-attention, from the feature map of its level."""
         return tuple(
-            branch(features[level])
+            branch(features[level], self.recompute)
             for branch, level in zip(self.branches, self.levels, strict=True)
         )

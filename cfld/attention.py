@@ -11,11 +11,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Heads = Float[Tensor, "batch heads tokens dim"]
-KeysValues = tuple[Heads, Heads]
+Queries = Float[Tensor, "batch heads tokens head_dim"]
+Context = Float[Tensor, "batch heads context_tokens head_dim"]  # keys, or values
+KeysValues = tuple[Context, Context]
+# Those of several layers, whose numbers of heads and channels differ.
+LayerContext = Float[Tensor, "batch _heads _context_tokens _head_dim"]
+LayersKeysValues = tuple[tuple[LayerContext, LayerContext], ...]
 
 
-def attend(query: Heads, key: Heads, value: Heads) -> Heads:
+def attend(query: Queries, key: Context, value: Context) -> Queries:
     """Softmax attention in three plain operations, scaled by 1 / sqrt(head size).
 
     On a CPU its bfloat16 backward is about twice as fast as torch's fused one.
@@ -24,7 +28,7 @@ def attend(query: Heads, key: Heads, value: Heads) -> Heads:
     return scores.softmax(dim=-1) @ value
 
 
-Kernel = Callable[[Heads, Heads, Heads], Heads]
+Kernel = Callable[[Queries, Context, Context], Queries]
 ATTENTION: dict[str, Kernel] = {
     "sdpa": F.scaled_dot_product_attention,
     "plain": attend,
@@ -52,7 +56,7 @@ class AttentionProcessor:
 
 
 def project_keys_values(
-    attn: Attention, context: Float[Tensor, "batch tokens context_dim"]
+    attn: Attention, context: Float[Tensor, "batch context_tokens context_dim"]
 ) -> KeysValues:
     """Keys and values of `context`, split into heads."""
     keys, values = (

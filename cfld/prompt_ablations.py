@@ -1,5 +1,7 @@
 """Prompts that stand in the place of D in the paper's ablations (CFLD Table 3)."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
@@ -74,7 +76,7 @@ class ClipPrompt(nn.Module):
         return self.mapper(self.project(pooled).unsqueeze(1))
 
 
-def load_clip(*, pretrained: bool) -> nn.Module:
+def load_clip(*, pretrained: bool) -> Any:
     """CLIP's ViT-L/14 image encoder.
 
     Raises:

@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention
 from jaxtyping import Float
 from torch import Tensor
 
-from cfld.attention import ATTENTION, KeysValues, mix_values, project_keys_values
+from cfld.attention import ATTENTION, KeysValues, LayersKeysValues, mix_values, project_keys_values
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PROJECTIONS = ("to_q", "to_k", "to_v")
@@ -60,7 +60,7 @@ class LayerAttention:
         encoder_hidden_states: Float[Tensor, "batch context_tokens context_dim"] | None = None,
         attention_mask: None = None,
         appearance_biases: Sequence[Float[Tensor, "batch _tokens _dim"]] = (),
-        prompt_keys_values: Sequence[KeysValues] = (),
+        prompt_keys_values: LayersKeysValues = (),
     ) -> Float[Tensor, "batch tokens dim"]:
         """Attend with biased queries; keys and values are projected unless they are given."""
         del attention_mask  # diffusers passes it by name; nothing here is masked
@@ -166,7 +166,7 @@ def prompt_keys_values(
     unet: UNet2DConditionModel,
     prompt: Float[Tensor, "batch tokens dim"],
     appearance_biases: Sequence[Float[Tensor, "batch _tokens _dim"]],
-) -> tuple[KeysValues, ...]:
+) -> LayersKeysValues:
     """Keys and values of the prompt for every cross-attention, to be reused over all steps."""
     return tuple(
         layer.processor.keys_values(layer, prompt, appearance_biases)
