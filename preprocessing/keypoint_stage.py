@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 from jaxtyping import UInt8
+from ray.util.annotations import RayDeprecationWarning
 
 from cfld.images import ImageError, decode_image
 from cfld.pose_network import PoseEstimator, PoseEstimatorConfig
@@ -53,17 +55,21 @@ def estimate_keypoints(
     has_gpu = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
     num_actors = int(ray.cluster_resources()["GPU"]) if has_gpu else num_workers
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports its plan at every start
-    done = ray.data.from_arrow(blocks).map_batches(
-        KeypointActor,
-        fn_constructor_args=(store, config),
-        batch_size=None,  # a block
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(blocks))),
-        num_cpus=1,
-        num_gpus=1 if has_gpu else None,
-        max_restarts=_MAX_RESTARTS,
-        max_task_retries=_MAX_TASK_RETRIES,
-    )
+    with warnings.catch_warnings():
+        # Ray means to give these arguments names of their own; until it has, this is the way.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)  # Ray warns of its own defaults
+        done = ray.data.from_arrow(blocks).map_batches(
+            KeypointActor,
+            fn_constructor_args=(store, config),
+            batch_size=None,  # a block
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(blocks))),
+            num_cpus=1,
+            num_gpus=1 if has_gpu else None,
+            max_restarts=_MAX_RESTARTS,
+            max_task_retries=_MAX_TASK_RETRIES,
+        )
     for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
         advance(pc.sum(batch["num_photos"]).as_py())
 

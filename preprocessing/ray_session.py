@@ -15,6 +15,7 @@ _OBJECT_STORE_BYTES = 512 * 2**20
 # Read when Ray starts. No metrics agents: nobody reads them, and they take seconds to start.
 _QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray warns of this future default at every start
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # it writes to the terminal what nobody can act on
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
