@@ -46,7 +46,7 @@ def list_folder(folder: str) -> tuple[list[str], list[str]]:
     try:
         if isinstance(fs, LocalFileSystem):
             with os.scandir(path) as entries:  # fsspec's own listing does not follow links
-                names = [(entry.name, entry.is_dir()) for entry in entries]
+                names = [(entry.name, _is_folder(entry)) for entry in entries]
         else:
             below = [info for info in fs.ls(path, detail=True) if info["name"].rstrip("/") != path]
             names = [(PurePosixPath(i["name"]).name, i["type"] == "directory") for i in below]
@@ -97,6 +97,13 @@ def _walk(folder: str, below: str, above: frozenset[tuple[int, int]]) -> Iterato
                 yield f"{below}{name}"
         else:
             yield f"{below}{name}"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _is_clutter(name: str) -> bool:

@@ -1,0 +1,312 @@
+"""Bad input never stops the job and never vanishes: each kind has its reason, and is counted."""
+
+import io
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
+
+from cfld.images import ImageError, decode_image
+from cfld.keypoint_writers import write_patn_csv
+from preprocessing.build_shards import main
+from preprocessing.listing import Photo, Reject
+from preprocessing.listing_stage import list_dataset
+from preprocessing.photo_reader import PhotoStoreError, read_ahead, read_photo
+from preprocessing.published_keypoints import read_published
+from shards.format import ShardSet, open_shards
+
+COLOURS = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+PICTURE = Image.fromarray(COLOURS).resize((60, 80))
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes whose header promises 30,000 x 30,000 pixels."""
+    data = bytearray(encoded(Image.new("RGB", (1, 1)), "PNG"))
+    data[16:24] = struct.pack(">II", 30_000, 30_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right by 90 degrees to show
+    return encoded(PICTURE, "JPEG", exif=exif)
+
+
+UNREADABLE = {
+    "truncated": encoded(PICTURE, "JPEG", quality=95)[:-400],
+    "truncated_header": encoded(PICTURE, "PNG")[:20],
+    "empty": b"",
+    "not_an_image": b"this is text",
+    "decompression_bomb": bomb(),
+}
+CONVERTED = {
+    "cmyk.jpg": encoded(PICTURE.convert("CMYK"), "JPEG"),
+    "grey.jpg": encoded(PICTURE.convert("L"), "JPEG"),
+    "sixteen_bit.png": encoded(
+        Image.fromarray(np.asarray(PICTURE.convert("L")).astype(np.uint16) << 8), "PNG"
+    ),
+    "palette.png": encoded(PICTURE.convert("P"), "PNG"),
+    "transparent.png": encoded(PICTURE.convert("RGBA"), "PNG"),
+    "rotated.jpg": rotated(),
+    "animated.gif": encoded(
+        PICTURE, "GIF", save_all=True, append_images=[PICTURE.transpose(Image.Transpose.ROTATE_180)]
+    ),
+}
+ODD_NAMES = ["a.b.c.jpg", "sp ace.jpg", "ümläut.jpg", "quote'\".jpg", "new\nline.jpg", "a.pose.png"]
+REASON_OF = {
+    "truncated.jpg": ("shards", "truncated"),
+    "truncated_header.jpg": ("shards", "truncated"),
+    "empty.jpg": ("shards", "empty"),
+    "not_an_image.jpg": ("shards", "not_an_image"),
+    "decompression_bomb.jpg": ("shards", "decompression_bomb"),
+    "loop.jpg": ("shards", "unreadable"),
+    "dangling.jpg": ("shards", "missing_file"),
+}
+
+
+@dataclass
+class Outcome:
+    root: Path
+    shards: ShardSet
+    summary: str
+
+    def rejects(self) -> dict[str | None, dict[str, Any]]:
+        rows = self.shards.read_rejects().to_pylist()
+        return {row["name"] and Path(row["name"]).name: row for row in rows}
+
+    def stored(self) -> dict[str, dict[str, Any]]:
+        return {Path(row["name"]).name: row for row in self.shards.read_index().to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def outcome(ray_workers: int, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The command on a folder of everything that can be wrong with photos and keypoints."""
+    folder = tmp_path_factory.mktemp("bad")
+    root = folder / "photos"
+    files = {f"bad/{name}.jpg": data for name, data in UNREADABLE.items()}
+    files |= {f"odd/{name}": data for name, data in CONVERTED.items()}
+    files |= {f"named/{name}": encoded(PICTURE, "JPEG") for name in ODD_NAMES}
+    files |= {"alone/one.jpg": encoded(PICTURE, "JPEG"), "nobody/a.jpg": encoded(PICTURE, "JPEG")}
+    files |= {"nobody/unlisted.jpg": encoded(PICTURE, "JPEG")}
+    files |= {"nobody/half.jpg": encoded(PICTURE, "JPEG")}
+    for split in ("train", "test"):
+        for name, data in files.items():
+            path = root / split / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    (root / "train/bad/loop.jpg").symlink_to("loop.jpg")
+    (root / "train/bad/dangling.jpg").symlink_to("nowhere.jpg")
+    found = np.concatenate([np.arange(5, 23)[:, None].repeat(2, 1), np.ones((18, 1))], axis=1)
+    nobody = np.tile(np.array([np.nan, np.nan, 0]), (18, 1))
+    half = np.where(np.arange(18)[:, None] < 8, found, nobody)
+    special = {"a.jpg": nobody, "half.jpg": half}
+    names = [f"{split}/{name}" for split in ("train", "test") for name in files]
+    listed = [name for name in names if "unlisted" not in name and "\n" not in name]
+    keypoints = folder / "keypoints.csv"
+    write_patn_csv(
+        keypoints,
+        [(name, special.get(Path(name).name, found).astype(np.float32)) for name in listed],
+    )
+    with keypoints.open("a") as file:
+        file.write("no_such.jpg: [1]: [2]\nno colon\n")
+        file.write(f"train/gone.jpg: {[1] * 18}: {[1] * 18}\n{names[0]}: {[1] * 18}: {[1] * 18}\n")
+    words = ["--dataset", "folder", "--root", root, "--output", folder / "out"]
+    words += ["--keypoints", keypoints]
+    buffer = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", buffer)
+        assert main([str(word) for word in words]) == 0
+    return Outcome(root, open_shards(str(folder / "out")), buffer.getvalue())
+
+
+@pytest.mark.parametrize("name", REASON_OF)
+def test_what_cannot_be_read_is_left_out_with_its_reason(outcome: Outcome, name: str) -> None:
+    stage, reason = REASON_OF[name]
+    reject = outcome.rejects()[name]
+    assert (reject["stage"], reject["reason"], reject["is_stored"]) == (stage, reason, False)
+    assert reject["path"].endswith(name)
+    assert name not in outcome.stored()
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_what_can_be_converted_is_stored(outcome: Outcome, name: str) -> None:
+    photo = decode_image(CONVERTED[name])
+    rows = [row for row in outcome.shards.read_index().to_pylist() if row["name"].endswith(name)]
+    test, train = rows
+    assert outcome.shards.read_member(test, "image") == CONVERTED[name]
+    assert test["image_extension"] == name.rpartition(".")[2]
+    assert (test["height"], test["width"]) == photo.shape[:2]
+    image = Image.open(io.BytesIO(outcome.shards.read_member(train, "image") or b""))
+    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (512, 512))
+    assert train["is_valid"]
+
+
+def test_a_rotated_photo_is_stored_upright(outcome: Outcome) -> None:
+    row = next(
+        r for r in outcome.shards.read_index().to_pylist() if "test/odd/rotated" in r["name"]
+    )
+    assert (row["height"], row["width"]) == (60, 80)  # the file itself has 80 rows
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_odd_names_are_kept_with_plain_keys(outcome: Outcome, name: str) -> None:
+    row = outcome.stored()[name]
+    assert row["name"] == f"train/named/{name}"
+    assert row["key"].replace("-", "").replace("_", "").isalnum()
+    assert row["key"].isascii()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("one.jpg", "single_image"),
+        ("a.jpg", "no_person"),
+        ("half.jpg", "too_few_joints"),
+        ("unlisted.jpg", "no_keypoints"),
+    ],
+)
+def test_images_in_no_pair_are_stored_with_their_reason(
+    outcome: Outcome, name: str, reason: str
+) -> None:
+    reject = outcome.rejects()[name]
+    assert (reject["stage"], reject["reason"], reject["is_stored"]) == ("pairs", reason, True)
+    assert name in outcome.stored()
+
+
+def test_rows_of_a_keypoint_file_that_lead_nowhere_are_noted(outcome: Outcome) -> None:
+    rows = outcome.shards.read_rejects().to_pylist()
+    of_file = [row for row in rows if row["stage"] == "keypoints"]
+    details = {(row["reason"], row["detail"]) for row in of_file}
+    assert ("no_such_image", "train/gone.jpg") in details
+    assert ("listed_twice", "the first entry counts") in details
+    malformed = [row for row in of_file if row["reason"] == "malformed_row"]
+    assert len(malformed) == 2
+    assert all(":" in row["path"] for row in malformed)
+
+
+def test_every_reason_has_its_line_in_the_summary_and_its_count(outcome: Outcome) -> None:
+    lines = [line.split() for line in outcome.summary.splitlines()]
+    counts = {
+        words[1]: int(words[0]) for words in lines if len(words) == 2 and words[0].isdecimal()
+    }
+    assert counts == dict(outcome.shards.manifest.rejects)
+    rows = outcome.shards.read_rejects().to_pylist()
+    assert sum(counts.values()) == len(rows)
+    assert {row["reason"] for row in rows} == counts.keys()
+
+
+def test_nothing_vanishes(outcome: Outcome) -> None:
+    """Each file of the root is stored or rejected, and none is both but for the unpaired."""
+    files = {str(p.relative_to(outcome.root)) for p in outcome.root.rglob("*") if not p.is_dir()}
+    rejects = outcome.shards.read_rejects().to_pylist()
+    stored = set(outcome.shards.read_index(["name"])["name"].to_pylist())
+    left_out = {r["name"] for r in rejects if not r["is_stored"] and r["name"] in files}
+    assert stored | left_out - {None} == files
+    assert {r["name"] for r in rejects if r["is_stored"]} <= stored
+    assert not stored & {r["name"] for r in rejects if r["stage"] == "shards"}
+
+
+def test_of_two_files_of_one_name_the_first_counts() -> None:
+    photos = [
+        Photo(path=path, name="same.jpg", person="p", split="train") for path in ("/b", "/a", "/c")
+    ]
+    listing = list_dataset(photos)
+    assert listing.photos["path"].to_pylist() == ["/b"]
+    rejects = listing.rejects.to_pylist()
+    assert [(r["path"], r["name"], r["reason"]) for r in rejects] == [
+        ("/a", "same.jpg", "duplicate_name"), ("/c", "same.jpg", "duplicate_name"),
+    ]  # fmt: skip
+
+
+def test_names_that_are_no_text_are_rejected() -> None:
+    photo = Photo(path="/\udcff.jpg", name="\udcff.jpg", person="p", split="train")
+    other = Reject(path="/x", stage="listing", reason="not_an_image")
+    rejects = list_dataset([photo, other]).rejects.to_pylist()
+    assert [row["reason"] for row in rejects] == ["undecodable_name", "not_an_image"]
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Without root's right to read everything, if we have it."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+def test_a_photo_without_permission_is_unreadable() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        path = Path(folder) / "secret.jpg"
+        path.write_bytes(b"x")
+        path.chmod(0)
+        with as_nobody(), pytest.raises(ImageError, match=r"unreadable: .*Permission denied"):
+            read_photo(str(path))
+
+
+def test_a_folder_named_like_a_photo_is_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").mkdir()
+    with pytest.raises(ImageError, match=r"unreadable: .*directory"):
+        read_photo(str(tmp_path / "a.jpg"))
+
+
+class RefusingFileSystem(MemoryFileSystem):
+    """A remote store that forbids some objects and fails for others."""
+
+    protocol = "refusing"
+
+    def cat_file(self, path: str, *_: Any, **__: Any) -> bytes:
+        if "forbidden" in path:
+            raise PermissionError(path)
+        raise OSError("connection reset")
+
+
+def test_a_store_that_fails_is_not_a_bad_photo() -> None:
+    fsspec.register_implementation("refusing", RefusingFileSystem, clobber=True)
+    with pytest.raises(ImageError, match="unreadable"):
+        read_photo("refusing://forbidden.jpg")
+    with pytest.raises(PhotoStoreError, match=r"refusing://a.jpg: connection reset"):
+        read_photo("refusing://a.jpg")
+
+
+def test_photos_come_in_order_however_many(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.jpg" for number in range(50)]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    futures = read_ahead([*map(str, paths), str(tmp_path / "none")])
+    assert [next(futures).result() for _ in paths] == [path.name.encode() for path in paths]
+    with pytest.raises(ImageError, match="missing_file"):
+        next(futures).result()
+
+
+def test_keypoint_names_match_by_file_name_only_where_that_is_unique(tmp_path: Path) -> None:
+    path = tmp_path / "keypoints.csv"
+    keypoints = np.ones((18, 3), np.float32)
+    write_patn_csv(path, [(name, keypoints) for name in ("a.jpg", "b", "c", "p/d.jpg")])
+    names = pa.array(["p/a.jpg", "p/b.png", "p/c.jpg", "q/c.jpg", "p/d.jpg"])
+    found, rejects = read_published([str(path)], None, names, pa.array([], pa.string()))
+    assert found["name"].to_pylist() == ["p/a.jpg", "p/b.png", "p/d.jpg"]
+    assert rejects["detail"].to_pylist() == ["c"]
