@@ -1,0 +1,241 @@
+"""Batches: each image once, as the trainer gets them, and how a worker fills one with pixels."""
+
+from __future__ import annotations
+
+import io
+import math
+import mmap
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float16, Int, Int32, Int64, UInt8
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+from cfld.images import ImageError, decode_image, resize_image
+from cfld.pose import POSE_MAP_SIZE, canvas_points, draw_skeleton
+from train.order import pairs_of
+from train.pairs import PairTable, Places
+from train.randomness import Stream, uniforms_for
+from train.shard_cache import ShardError, ShardFiles
+
+Buffer = dict[str, np.ndarray]
+
+_SKELETON_BYTES = POSE_MAP_SIZE[0] * POSE_MAP_SIZE[1] * 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A micro-batch of pairs over distinct samples (images with their pose).
+
+    `source` and `target` say which sample is which pair's. Samples that are a source come first;
+    with stored latents only these have an entry in `images`, else all. `draws` name the pairs and
+    key their randomness. `flips` says which source conditioning images are mirrored.
+    """
+
+    epoch: int
+    step: int
+    draws: Int64[Tensor, " pairs"]
+    source: Int64[Tensor, " pairs"]
+    target: Int64[Tensor, " pairs"]
+    flips: Bool[Tensor, " pairs"]
+    points: Int64[Tensor, "samples 18 2"]
+    images: UInt8[Tensor, "images height width 3"]
+    latents: Float16[Tensor, "samples moments latent_height latent_width"] | None
+    num_sources: int
+    # Drawn skeletons travel as their few bytes that are not black: a fifteenth of them all.
+    skeleton_places: Int32[Tensor, " drawn"]
+    skeleton_values: UInt8[Tensor, " drawn"]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on a device; the copy of pinned memory does not block."""
+        moved: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def source_images(self, size: tuple[int, int]) -> UInt8[Tensor, "pairs {size[0]} {size[1]} 3"]:
+        """Return the source conditioning image of each pair, resized and perhaps mirrored.
+
+        On the CPU equal to `cfld.images.resize_image`, elsewhere within a grey level of it.
+        """
+        images = self.images[: self.num_sources].permute(0, 3, 1, 2)
+        resized = resize(images, list(size), InterpolationMode.BICUBIC, antialias=True)
+        chosen = resized.permute(0, 2, 3, 1)[self.source]
+        return torch.where(self.flips[:, None, None, None], chosen.flip(2), chosen)
+
+    def skeletons(self) -> UInt8[Tensor, "samples 256 256 3"]:
+        """Return the drawn skeleton of each sample."""
+        canvas = torch.zeros(
+            len(self.points) * _SKELETON_BYTES, dtype=torch.uint8, device=self.points.device
+        )
+        canvas[self.skeleton_places.long()] = self.skeleton_values
+        return canvas.view(-1, *POSE_MAP_SIZE, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """The most that a batch can hold."""
+
+    num_pairs: int
+    image_size: tuple[int, int]
+    latent_shape: tuple[int, int, int] | None
+
+    def allocate(self) -> Buffer:
+        """Allocate memory for one batch that forked processes share.
+
+        It is anonymous: it has no name to outlive a kill, and no limit such as /dev/shm's. Pages
+        that no batch touches cost nothing, so drawn skeletons may have room for the worst case.
+        """
+        samples = 2 * self.num_pairs
+        images = self.num_pairs if self.latent_shape else samples
+        arrays: list[tuple[str, type, tuple[int, ...]]] = [
+            ("images", np.uint8, (images, *self.image_size, 3)),
+            ("skeleton_places", np.int32, (samples * _SKELETON_BYTES,)),
+            ("skeleton_values", np.uint8, (samples * _SKELETON_BYTES,)),
+        ]
+        if self.latent_shape:
+            arrays.append(("latents", np.float16, (samples, *self.latent_shape)))
+        return {
+            name: np.frombuffer(
+                mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize), dtype
+            ).reshape(shape)
+            for name, dtype, shape in arrays
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filling:
+    """A filled buffer's small arrays, and how many entries of each large one count."""
+
+    arrays: dict[str, np.ndarray]
+    num_sources: int
+    used: dict[str, int]
+
+
+class BatchFiller:
+    """Reads and decodes the images of draws into a buffer; works in any process."""
+
+    def __init__(
+        self, table: PairTable, files: ShardFiles, shape: BatchShape, *, flip: float, seed: int
+    ) -> None:
+        self._table = table
+        self._files = files
+        self._shape = shape
+        self._flip = flip
+        self._seed = seed
+        self._latent_header = b""
+        if shape.latent_shape:
+            self._latent_header = _npy_header(shape.latent_shape)
+
+    def fill(self, buffer: Buffer, draws: Int64[np.ndarray, " pairs"]) -> Filling:
+        """Fill a buffer with the distinct samples of some draws.
+
+        Raises:
+            ShardError: If a shard cannot be had whole, or an image in it cannot be decoded.
+        """
+        table = self._table
+        pairs = pairs_of(draws, table.sets)
+        sources = np.unique(table.source[pairs])
+        others = np.setdiff1d(table.target[pairs], sources)
+        rows = np.concatenate([sources, others])
+        place = {row: number for number, row in enumerate(rows.tolist())}
+        used = {"images": len(sources) if self._shape.latent_shape else len(rows)}
+        for number, row in enumerate(rows[: used["images"]].tolist()):
+            buffer["images"][number] = self._image(row)
+        if self._shape.latent_shape:
+            used["latents"] = len(rows)
+            for number, row in enumerate(rows.tolist()):
+                buffer["latents"][number] = self._latent(row)
+        used["skeleton_places"] = used["skeleton_values"] = self._draw(buffer, rows)
+        uniforms = uniforms_for(torch.from_numpy(draws), 1, seed=self._seed, stream=Stream.FLIP)
+        arrays = {
+            "draws": draws,
+            "source": np.array([place[row] for row in table.source[pairs].tolist()], np.int64),
+            "target": np.array([place[row] for row in table.target[pairs].tolist()], np.int64),
+            "flips": (uniforms[:, 0] < self._flip).numpy(),
+            "points": np.stack([self._points(row) for row in rows.tolist()]),
+        }
+        return Filling(arrays=arrays, num_sources=len(sources), used=used)
+
+    def _image(self, row: int) -> UInt8[np.ndarray, "height width 3"]:
+        try:
+            image = decode_image(self._read(self._table.image, row))
+        except ImageError as error:
+            raise ShardError(f"image {self._name(row)} cannot be decoded: {error}") from error
+        return resize_image(image, self._shape.image_size)
+
+    def _latent(self, row: int) -> Float16[np.ndarray, "moments height width"]:
+        data = self._read(self._table.latent, row)
+        header, shape = self._latent_header, self._shape.latent_shape
+        assert shape is not None
+        if not data.startswith(header) or len(data) != len(header) + 2 * int(np.prod(shape)):
+            raise ShardError(f"latent of {self._name(row)} is not float16 of shape {list(shape)}")
+        return np.frombuffer(data, np.float16, offset=len(header)).reshape(shape)
+
+    def _draw(self, buffer: Buffer, rows: Int[np.ndarray, " samples"]) -> int:
+        """Draw the samples' skeletons as places and values of bytes; return how many."""
+        end = 0
+        for number, row in enumerate(rows.tolist()):
+            frame = (int(self._table.frame[row, 0]), int(self._table.frame[row, 1]))
+            canvas = draw_skeleton(self._table.keypoints[row], frame).reshape(-1)
+            places = np.flatnonzero(canvas != 0)
+            start, end = end, end + len(places)
+            buffer["skeleton_places"][start:end] = places + number * _SKELETON_BYTES
+            buffer["skeleton_values"][start:end] = canvas[places]
+        return end
+
+    def _points(self, row: int) -> Int[np.ndarray, "18 2"]:
+        frame = (int(self._table.frame[row, 0]), int(self._table.frame[row, 1]))
+        return canvas_points(self._table.keypoints[row], frame)
+
+    def _read(self, places: Places, row: int) -> bytes:
+        shard = int(self._table.row_shard[row])
+        return self._files.read(shard, int(places.offset[row]), int(places.size[row]))
+
+    def _name(self, row: int) -> str:
+        return f"{self._table.keys[row]} in {self._table.shards[self._table.row_shard[row]].url}"
+
+
+def take_batch(
+    buffer: Buffer, filling: Filling, *, epoch: int, step: int, pin: bool = False
+) -> Batch:
+    """Copy a batch out of the buffer that it was filled in, to pinned memory if asked for."""
+    tensors: dict[str, Any] = {"latents": None}
+    for name, array in filling.arrays.items():
+        tensors[name] = torch.from_numpy(array)
+    for name, num in filling.used.items():
+        entries = torch.from_numpy(buffer[name][:num])
+        tensors[name] = torch.empty_like(entries, pin_memory=pin).copy_(entries)
+    return Batch(epoch=epoch, step=step, num_sources=filling.num_sources, **tensors)
+
+
+def read_latent_shape(table: PairTable, files: ShardFiles) -> tuple[int, int, int]:
+    """Read the shape of the table's stored latents, from that of the first pair.
+
+    Raises:
+        ShardError: If they are not three-dimensional float16.
+    """
+    row = int(table.source[0])
+    offset, size = int(table.latent.offset[row]), int(table.latent.size[row])
+    latent = np.load(io.BytesIO(files.read(int(table.row_shard[row]), offset, size)))
+    if latent.dtype != np.float16 or latent.ndim != 3:
+        raise ShardError(
+            f"latent of {table.keys[row]} is {latent.dtype} of shape {list(latent.shape)}, not "
+            "float16 of shape [moments, height, width]"
+        )
+    return latent.shape
+
+
+def _npy_header(shape: tuple[int, ...]) -> bytes:
+    """Return how numpy begins the file of a float16 array of this shape."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": "<f2", "fortran_order": False, "shape": shape}
+    )
+    return file.getvalue()
