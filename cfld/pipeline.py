@@ -1,0 +1,327 @@
+"""CFLDPipeline: a photo of a person in another pose, as a diffusers pipeline."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float
+from torch import Generator, Tensor
+from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+from cfld.codec import Codec, VaeCodec
+from cfld.components import Conditioner, PixelAutoencoder
+from cfld.guidance import GuidedConditioning, cumulative_terms, guide, guided_prediction
+from cfld.model import CFLD, ConditioningParts
+from cfld.pipeline_inputs import (
+    Estimator,
+    Picture,
+    Size,
+    draw_poses,
+    read_pictures,
+    read_poses,
+    read_sources,
+)
+from cfld.unet import install_processors, set_trained
+
+Latents = Float[Tensor, "batch channels height width"]
+Images = Float[Tensor, "batch 3 height width"]
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class CFLDPipeline(DiffusionPipeline):
+    """Pose-guided person image synthesis (CFLD).
+
+    `conditioner` holds S, D, A and P, `unet` N. Everything else is as in diffusers' own pipelines.
+    """
+
+    model_cpu_offload_seq = "conditioner->unet->vae"
+    # The learnable vector is used outside of any forward, so that it can't be fetched layer-wise.
+    _exclude_from_cpu_offload = ["conditioner"]  # noqa: RUF012  # the base class's declaration
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        conditioner: Conditioner,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL | PixelAutoencoder,
+        scheduler: KarrasDiffusionSchedulers,
+    ) -> None:
+        super().__init__()
+        self.register_modules(conditioner=conditioner, unet=unet, vae=vae, scheduler=scheduler)
+        settings = conditioner.settings
+        install_processors(unet, attention=settings.attention, biases=settings.appearance.biases)
+        if isinstance(vae, AutoencoderKL):
+            vae.enable_slicing()
+        self._interrupt = False
+
+    @classmethod
+    def from_model(cls, model: CFLD, codec: Codec) -> CFLDPipeline:
+        """A pipeline around a (trained) model and its codec; weights are shared, not copied."""
+        parts = ConditioningParts(
+            source_encoder=model.source_encoder,
+            prompt_decoder=model.prompt_decoder,
+            appearance=model.appearance,
+            pose_adapter=model.pose_adapter,
+            learnable_vector=model.learnable_vector,
+        )
+        return cls(
+            conditioner=Conditioner.from_parts(model.config, parts),
+            unet=model.unet,
+            vae=codec.vae if isinstance(codec, VaeCodec) else PixelAutoencoder(codec.factor),
+            scheduler=model.scheduler.from_config(model.scheduler.config),
+        )
+
+    def to_model(self) -> CFLD:
+        """The model, to train or evaluate; weights are shared, not copied."""
+        model = self._model()
+        set_trained(self.unet, model.config.unet)
+        return model
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback asked to skip the remaining steps, by setting `_interrupt`."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Picture | Sequence[Picture],
+        pose: object,
+        *,
+        pose_frame: Size | Sequence[Size] | None = None,
+        pose_estimator: Estimator | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        pose_guidance_scale: float = 2.0,
+        appearance_guidance_scale: float = 2.0,
+        num_images_per_prompt: int = 1,
+        generator: Generator | list[Generator] | None = None,
+        latents: Latents | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw the person of `image` in the pose of `pose`.
+
+        One image with several poses, several images with one pose each, or several images with
+        one pose; the results are in the order of the longer of the two, those of
+        `num_images_per_prompt` next to each other.
+
+        Args:
+            image: PIL images, arrays HWC or tensors CHW, uint8 or floats in [0, 1]. Resized to
+                the model's square without keeping the aspect ratio, as in training.
+            pose: Keypoints `[18, 3]`, a pose map `[21, h, w]`, a skeleton drawn in OpenPose's
+                colours, or a photo of a person; several as a list or along a first axis.
+            pose_frame: Height and width of the picture in whose pixels keypoints are given, one
+                for all or one for each pose; without it the image's size.
+            pose_estimator: Finds the person in pose photos (`cfld.pose_network.PoseEstimator`).
+            height: Of the results, which are resized from the model's square; together with
+                `width`. Without both: the size of the image each result was made of.
+            width: See `height`.
+            num_inference_steps: Denoising steps.
+            pose_guidance_scale: w_pose of CFLD Eq. 7; 1 is no guidance.
+            appearance_guidance_scale: w_app of CFLD Eq. 7; 1 is no guidance.
+            num_images_per_prompt: Results for each pair of image and pose.
+            generator: One for all results, or a list of one for each: then a result does not
+                depend on what else is in the batch.
+            latents: Standard normal noise to start from, one for each result.
+            output_type: `pil`, `np` (NHWC in [0, 1]), `pt` (NCHW in [0, 1]) or `latent`.
+            return_dict: Whether an `ImagePipelineOutput` is returned instead of a tuple.
+            callback_on_step_end: Called as `(pipeline, step, timestep, tensors)`; may return
+                replaced tensors.
+            callback_on_step_end_tensor_inputs: Which tensors it gets; there is `latents`.
+
+        Raises:
+            ValueError: If an argument has a wrong form, or numbers or sizes do not fit together.
+            NoPersonError: If the estimator finds nobody in a pose photo.
+        """
+        _check_arguments(height, width, output_type, num_images_per_prompt)
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; there are "
+                f"{self._callback_tensor_inputs}"
+            )
+        pictures = read_pictures(image)
+        frames = _as_sizes(pose_frame) or [picture.shape[:2] for picture in pictures]
+        poses = read_poses(pose, frames, pose_estimator)
+        num_rows = _count_rows(len(pictures), len(poses))
+        sizes = [picture.shape[:2] if height is None else (height, width) for picture in pictures]
+        if output_type in ("np", "pt") and len(set(sizes)) > 1:
+            raise ValueError(
+                f"images of sizes {sorted(set(sizes))} in one array: give height, width"
+            )
+
+        settings = self.conditioner.settings
+        source = read_sources(pictures, settings.source_encoder.image_size)
+        pose_maps = draw_poses(poses * (num_rows // len(poses)), settings.pose_map_size)
+        guided = self._condition(
+            source,
+            pose_maps,
+            cumulative_terms(pose_guidance_scale, appearance_guidance_scale),
+            num_images_per_prompt,
+        )
+        latents = self._initial_latents(
+            num_rows * num_images_per_prompt, num_inference_steps, generator, latents
+        )
+        latents = self._denoise(
+            latents,
+            guided,
+            generator,
+            callback_on_step_end,
+            list(callback_on_step_end_tensor_inputs),
+        )
+        if output_type == "latent":
+            images: Any = latents
+        else:
+            repeats = num_rows // len(sizes) * num_images_per_prompt
+            images = self._decode(
+                latents, [size for size in sizes for _ in range(repeats)], output_type
+            )
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _model(self) -> CFLD:
+        """CFLD around the components, as they are now."""
+        conditioner = self.conditioner
+        return CFLD(conditioner.settings, parts=conditioner.parts, unet=self.unet)
+
+    def _condition(
+        self,
+        source: Float[Tensor, "sources 3 source_height source_width"],
+        pose_maps: Float[Tensor, "rows 21 pose_height pose_width"],
+        terms: tuple[Any, ...],
+        num_images: int,
+    ) -> GuidedConditioning:
+        model, device = self._model(), self._execution_device
+        _fetch(self.conditioner)
+        conditioning = model.condition(source.to(device), pose_maps.to(device))
+        if num_images > 1:
+            conditioning = conditioning.map(lambda rows: rows.repeat_interleave(num_images, dim=0))
+        _fetch(self.unet)
+        return guide(model, conditioning.map(lambda rows: rows.to(self.unet.dtype)), terms)
+
+    def _initial_latents(
+        self,
+        num_latents: int,
+        num_inference_steps: int,
+        generator: Generator | list[Generator] | None,
+        latents: Latents | None,
+    ) -> Latents:
+        """Noise at the scheduler's first noise level, in float32 whatever the model's type."""
+        device = self._execution_device
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        shape = (num_latents, self.unet.config.in_channels, *self.conditioner.settings.latent_size)
+        if isinstance(generator, list) and len(generator) != num_latents:
+            raise ValueError(f"{len(generator)} generators for {num_latents} results")
+        if latents is None:
+            latents = randn_tensor(shape, generator, device, torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents have the shape {tuple(latents.shape)}, expected {shape}")
+        return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+
+    def _denoise(
+        self,
+        latents: Latents,
+        guided: GuidedConditioning,
+        generator: Generator | list[Generator] | None,
+        callback: Callable[..., dict[str, Any]] | None,
+        callback_inputs: list[str],
+    ) -> Latents:
+        model = self._model()
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generator} if takes_generator else {}
+        self._interrupt = False
+        for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            if self.interrupt:
+                continue
+            scaled = self.scheduler.scale_model_input(latents, timestep)
+            predicted = guided_prediction(model, scaled, timestep, guided)
+            latents = self.scheduler.step(
+                predicted, timestep, latents, **options, return_dict=False
+            )[0]
+            if callback is not None:
+                tensors = dict.fromkeys(callback_inputs, latents)
+                latents = callback(self, index, timestep, tensors).pop("latents", latents)
+        return latents
+
+    def _decode(self, latents: Latents, sizes: list[Size], output_type: str) -> Any:
+        """Images of the wanted sizes, resized (bicubic, antialiased) from the model's square."""
+        latents = latents / self.vae.config.scaling_factor
+        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        processor = VaeImageProcessor()
+        if len(set(sizes)) == 1:
+            return processor.postprocess(_resized(images, sizes[0]), output_type=output_type)
+        return [
+            processor.postprocess(_resized(row[None], size), output_type=output_type)[0]
+            for row, size in zip(images, sizes, strict=True)
+        ]
+
+
+def compatible_schedulers(scheduler: SchedulerMixin) -> dict[str, type[SchedulerMixin]]:
+    """Schedulers of diffusers that can take the place of this one, by short name such as `ddim`."""
+    classes = {type(scheduler), *scheduler.compatibles}
+    return {
+        scheduler_class.__name__.removesuffix("Scheduler").lower(): scheduler_class
+        for scheduler_class in sorted(classes, key=lambda each: each.__name__)
+        if issubclass(scheduler_class, SchedulerMixin)  # others stand for missing dependencies
+    }
+
+
+@apply_forward_hook
+def _fetch(component: torch.nn.Module) -> None:
+    """Move an offloaded component to its device, as a call of its forward would."""
+    del component
+
+
+def _resized(images: Images, size: Size) -> Images:
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return resize(images, list(size), InterpolationMode.BICUBIC, antialias=True)
+
+
+def _as_sizes(pose_frame: Size | Sequence[Size] | None) -> list[Size]:
+    if pose_frame is None:
+        return []
+    return [(int(height), int(width)) for height, width in np.reshape(pose_frame, (-1, 2))]
+
+
+def _count_rows(num_images: int, num_poses: int) -> int:
+    if not num_images or not num_poses:
+        raise ValueError(f"{num_images} images and {num_poses} poses: give at least one of each")
+    if num_images != num_poses and 1 not in (num_images, num_poses):
+        raise ValueError(
+            f"{num_images} images and {num_poses} poses: give as many poses as images, or one "
+            "image, or one pose"
+        )
+    return max(num_images, num_poses)
+
+
+def _check_arguments(
+    height: int | None, width: int | None, output_type: str, num_images_per_prompt: int
+) -> None:
+    if (height is None) != (width is None):
+        raise ValueError(f"height is {height} and width is {width}: give both or neither")
+    if height is not None and width is not None and min(height, width) < 1:
+        raise ValueError(f"height {height} and width {width} must be at least 1")
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type is {output_type!r}; choose one of {OUTPUT_TYPES}")
+    if num_images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}, must be at least 1")

@@ -1,0 +1,217 @@
+"""What users hand to the pipeline (pictures, keypoints, pose maps) in the forms the model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, Float32, UInt8
+from PIL import Image
+from torch import Tensor
+
+from cfld.images import resize_image
+from cfld.pose import NUM_JOINTS, POSE_MAP_CHANNELS, draw_pose_map, is_found
+from cfld.pose_drawing import read_drawing
+from cfld.pose_network import PersonPose
+
+Picture = Image.Image | np.ndarray | Tensor
+Size = tuple[int, int]
+
+_MARGIN = 0.1
+
+
+class NoPersonError(ValueError):
+    """A photo in which no person was found."""
+
+
+class Estimator(Protocol):
+    """What finds the main person of photos, such as `cfld.pose_network.PoseEstimator`."""
+
+    def estimate(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> list[PersonPose]:
+        """The main person of each RGB photo."""
+
+
+@dataclass(frozen=True)
+class FramedPose:
+    """Keypoints, and the (height, width) of the picture in whose pixels they are.
+
+    Raises:
+        ValueError: If no joint is there, or the joints lie outside of the frame by more than a
+            tenth of it: then they belong to a picture of another size.
+    """
+
+    keypoints: Float32[np.ndarray, "18 3"]
+    frame: Size
+
+    def __post_init__(self) -> None:
+        points = self.keypoints[is_found(self.keypoints), :2]
+        if not len(points):
+            raise ValueError("no joint of the pose is there; give another pose")
+        limits = np.array(self.frame[::-1])
+        if (points < -_MARGIN * limits).any() or (points > (1 + _MARGIN) * limits).any():
+            raise ValueError(
+                f"joints at x, y from {points.min(axis=0).round().tolist()} to "
+                f"{points.max(axis=0).round().tolist()} do not lie in a frame of height, width "
+                f"{tuple(self.frame)}; give pose_frame, the size of the picture they belong to"
+            )
+
+
+def read_pictures(image: Picture | Sequence[Picture]) -> list[UInt8[np.ndarray, "_ _ 3"]]:
+    """RGB pictures of any size.
+
+    Accepted are PIL images, arrays HWC or NHWC and tensors CHW or NCHW, uint8 or floats in
+    [0, 1], and lists of them.
+
+    Raises:
+        ValueError: If a picture has another layout or range.
+    """
+    if isinstance(image, Image.Image):
+        return [np.asarray(image.convert("RGB"))]
+    if isinstance(image, (list, tuple)):
+        return [picture for entry in image for picture in read_pictures(entry)]
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+        if image.ndim < 3 or image.shape[-3] != 3:
+            raise ValueError(f"a tensor of {image.shape} is no picture: 3 channels come first")
+        image = rearrange(image, "... c h w -> ... h w c")
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"a picture is an image, an array or a tensor, not {type(image).__name__}")
+    if image.ndim not in (3, 4) or image.shape[-1] != 3:
+        raise ValueError(f"an array of {image.shape} is no picture: 3 channels come last")
+    pictures = _as_uint8(image)
+    return [pictures] if pictures.ndim == 3 else list(pictures)
+
+
+def read_sources(
+    pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]], size: Size
+) -> Float[Tensor, "batch 3 {size[0]} {size[1]}"]:
+    """Source images in [-1, 1], resized as in training, without keeping the aspect ratio."""
+    resized = np.stack([resize_image(picture, size) for picture in pictures])
+    return rearrange(torch.from_numpy(resized), "b h w c -> b c h w").float() / 127.5 - 1
+
+
+def read_poses(
+    pose: object, frames: Sequence[Size], estimator: Estimator | None = None
+) -> list[FramedPose | Float[Tensor, "21 _ _"]]:
+    """Poses from keypoints `[18, 3]`, pose maps `[21, h, w]`, drawn skeletons or photos.
+
+    Several come as a list or along a first axis. Each pose's keypoints refer to its frame, or to
+    the only frame; a drawing's or photo's own size is used instead.
+
+    Raises:
+        ValueError: If a pose is none of these, or a photo comes without an estimator.
+        NoPersonError: If the estimator finds nobody in a photo.
+    """
+    poses = [entry for nested in _as_list(pose) for entry in _split(nested)]
+    frames = frames[:1] if len(set(frames)) == 1 else frames
+    if len(frames) not in (1, len(poses)):
+        raise ValueError(f"{len(frames)} pose frames for {len(poses)} poses: give one or as many")
+    frames = list(frames) * (len(poses) if len(frames) == 1 else 1)
+    read: list[FramedPose | Tensor] = [
+        entry if isinstance(entry, Tensor) else _framed(entry, frame, estimator)
+        for entry, frame in zip(poses, frames, strict=True)
+    ]
+    return read
+
+
+def find_person(
+    photo: UInt8[np.ndarray, "height width 3"], estimator: Estimator | None
+) -> FramedPose:
+    """The pose of a drawn skeleton or, by the estimator, of a photo's main person.
+
+    Raises:
+        ValueError: If it is no drawn skeleton and there is no estimator.
+        NoPersonError: If the estimator finds nobody.
+    """
+    keypoints = read_drawing(photo)
+    if keypoints is None:
+        if estimator is None:
+            raise ValueError(
+                "the pose picture is no skeleton of one person drawn in OpenPose's colours on "
+                "black; for a photo give a pose_estimator"
+            )
+        keypoints = estimator.estimate([photo])[0].keypoints
+        if not is_found(keypoints).any():
+            raise NoPersonError(
+                "no person was found in the pose photo; give one that shows a person, or keypoints"
+            )
+    return FramedPose(keypoints, photo.shape[:2])
+
+
+def draw_poses(
+    poses: Sequence[FramedPose | Float[Tensor, "21 _ _"]], size: Size
+) -> Float[Tensor, "batch 21 {size[0]} {size[1]}"]:
+    """Pose maps of the wanted size.
+
+    Raises:
+        ValueError: If a given pose map has another size.
+    """
+    for pose in poses:
+        if isinstance(pose, Tensor) and tuple(pose.shape[1:]) != tuple(size):
+            raise ValueError(
+                f"a pose map of {tuple(pose.shape[1:])} is given, the model has {size}"
+            )
+    return torch.stack(
+        [
+            pose.float() if isinstance(pose, Tensor) else draw_pose_map(*_unpack(pose), size)
+            for pose in poses
+        ]
+    )
+
+
+def _unpack(pose: FramedPose) -> tuple[np.ndarray, Size]:
+    return pose.keypoints, pose.frame
+
+
+def _as_uint8(image: np.ndarray) -> UInt8[np.ndarray, "*batch height width 3"]:
+    if image.dtype == np.uint8:
+        return image
+    if not np.issubdtype(image.dtype, np.floating):
+        raise ValueError(f"a picture of {image.dtype} is given; use uint8, or floats in [0, 1]")
+    if not (image.min() >= 0 and image.max() <= 1):  # also false for NaN
+        raise ValueError(
+            f"a picture has values from {image.min()} to {image.max()}; floats must be in [0, 1]"
+        )
+    return np.rint(image * 255).astype(np.uint8)
+
+
+def _as_list(pose: object) -> list[object]:
+    return list(pose) if isinstance(pose, (list, tuple)) else [pose]
+
+
+def _split(pose: object) -> list[np.ndarray | Tensor | FramedPose]:
+    """One entry per pose: `[18, 3]` and HWC pictures as arrays, pose maps as tensors."""
+    if isinstance(pose, FramedPose):
+        return [pose]
+    shape = tuple(getattr(pose, "shape", ()))
+    if shape[-2:] == (NUM_JOINTS, 3) and len(shape) in (2, 3):
+        points = pose.detach().cpu().numpy() if isinstance(pose, Tensor) else np.asarray(pose)
+        return list(points.astype(np.float32).reshape(-1, NUM_JOINTS, 3))
+    if isinstance(pose, Tensor) and len(shape) in (3, 4) and shape[-3] == POSE_MAP_CHANNELS:
+        return list(pose.detach().cpu().reshape(-1, *shape[-3:]))
+    try:
+        return list(read_pictures(pose))  # type: ignore[arg-type]  # it refuses what is no picture
+    except ValueError as error:
+        raise ValueError(
+            f"a pose is keypoints [18, 3], a pose map [21, h, w] as a tensor, a drawn skeleton or "
+            f"a photo; {error}"
+        ) from error
+
+
+def _framed(pose: np.ndarray | FramedPose, frame: Size, estimator: Estimator | None) -> FramedPose:
+    if isinstance(pose, FramedPose):
+        return pose
+    if pose.shape == (NUM_JOINTS, 3):
+        return FramedPose(_marked(pose), frame)
+    return find_person(pose, estimator)
+
+
+def _marked(keypoints: Float32[np.ndarray, "18 3"]) -> Float32[np.ndarray, "18 3"]:
+    """Joints without finite coordinates or without score are missing."""
+    missing = ~is_found(keypoints) | ~(keypoints[:, 2] > 0)
+    return np.where(missing[:, None], np.array([np.nan, np.nan, 0], np.float32), keypoints)
