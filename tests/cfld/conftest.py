@@ -1,12 +1,17 @@
-"""Small models and batches that the tests of the network share."""
+"""Small models and batches that the tests of the network share, and random metric networks."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from pytorch_fid import inception as pytorch_fid
+from torch import nn
+from torchvision.models import alexnet, inception_v3
 
 from cfld.config import PRESETS, CFLDConfig
+from cfld.metric_networks import WEIGHTS_URLS
 from cfld.model import CFLD
 from cfld.objective import TrainingBatch, draw_rows
 
@@ -58,3 +63,30 @@ def batch() -> TrainingBatch:
         latents=torch.randn(4, 48, 16, 16, generator=generator),
         draws=draw_rows([torch.Generator().manual_seed(pair) for pair in (1, 2)], (48, 16, 16)),
     )
+
+
+@pytest.fixture(scope="session")
+def metric_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `--metric-weights` takes it; the classifiers, which no metric uses, are zero."""
+    folder = tmp_path_factory.mktemp("metric_weights")
+    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+        torch.manual_seed(0)
+        # pytorch-fid builds its network only together with its weights.
+        patch.setattr(pytorch_fid, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
+        networks = {
+            "lpips": alexnet(),
+            "fid_paper": inception_v3(init_weights=False),
+            "fid": pytorch_fid.fid_inception_v3(),
+        }
+    for name, network in networks.items():
+        generator = torch.Generator().manual_seed(1)
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, generator=generator)
+        state = {
+            key: torch.zeros(1).expand_as(value) if key.startswith(("classifier", "fc")) else value
+            for key, value in network.state_dict().items()
+        }
+        torch.save(state, folder / WEIGHTS_URLS[name].rpartition("/")[2])
+    return folder

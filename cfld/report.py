@@ -1,0 +1,212 @@
+"""What an evaluation leaves behind: metrics.json, scores.parquet, tables.md and report.html."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cfld.images import encode_png
+from cfld.paper_tables import OURS, TABLE_OF_SIZE, compare, format_score, markdown_table
+from cfld.scoring import ImagePair, Pixels, ScoreSet
+
+# By which score pairs are ranked: the first that is there; LPIPS is better when it is lower.
+RANKING = ("lpips", "ssim_paper", "ssim", "psnr")
+NUM_SHOWN = 4
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
+       color: #1c2430; background: #fff }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #d8dee6 }
+th:first-child, td:first-child { text-align: left }
+.pairs { display: flex; flex-wrap: wrap; gap: 1rem }
+figure { margin: 0; max-width: 24rem } figure img { width: calc(50% - 2px); image-rendering: auto }
+figcaption { font-size: 12px; color: #566; overflow-wrap: anywhere }
+.note { background: #fff6dc; border-left: 4px solid #e0b040; padding: .4rem .8rem; margin: .5rem 0 }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """All that a report says: how it was scored, the scores, what is missing, and remarks."""
+
+    title: str
+    size: tuple[int, int]
+    settings: Mapping[str, Any]
+    scores: ScoreSet
+    fids: Mapping[str, float]
+    missing_images: tuple[str, ...] = ()
+    surplus_images: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def means(self) -> dict[str, float]:
+        """Return one figure for each metric."""
+        return {name: each.value for name, each in self.scores.intervals(0).items()} | {**self.fids}
+
+
+def write_report(
+    output: Path, evaluation: Evaluation, load_pair: Callable[[str], ImagePair]
+) -> None:
+    """Write all files of the report; `load_pair` fetches the few pairs that it shows."""
+    output.mkdir(parents=True, exist_ok=True)
+    tables = markdown_tables(evaluation)
+    files = {
+        "tables.md": tables,
+        "report.html": html_report(evaluation, load_pair),
+        "metrics.json": json.dumps(metrics_document(evaluation), indent=2) + "\n",
+    }
+    scores = evaluation.scores
+    pq.write_table(pa.table({"name": scores.names, **scores.per_image}), output / "scores.parquet")
+    for name, text in files.items():
+        partial = output / f"{name}.tmp"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(output / name)
+
+
+def metrics_document(evaluation: Evaluation) -> dict[str, Any]:
+    """Return what `metrics.json` holds; infinite values are the string "inf"."""
+    scores = evaluation.scores
+    values: dict[str, dict[str, Any]] = {
+        name: asdict(each) for name, each in scores.intervals().items()
+    }
+    values |= {
+        name: {"value": fid, "low": None, "high": None} for name, fid in evaluation.fids.items()
+    }
+    for each in values.values():
+        each["value"] = each["value"] if math.isfinite(each["value"]) else str(each["value"])
+    return {
+        "title": evaluation.title,
+        "size": list(evaluation.size),
+        "settings": dict(evaluation.settings),
+        "num_images": len(scores.names),
+        "scores": values,
+        "unavailable": dict(scores.missing),
+        "missing_images": list(evaluation.missing_images),
+        "surplus_images": list(evaluation.surplus_images),
+        "notes": list(_remarks(evaluation)),
+    }
+
+
+def markdown_tables(evaluation: Evaluation) -> str:
+    """Return our scores with their intervals, and the paper's table with ours beside it."""
+    parts = [
+        f"# {evaluation.title}\n",
+        markdown_table(["Metric", "Value", "95 % interval"], _rows(evaluation)),
+    ]
+    parts += [f"> {remark}\n" for remark in _remarks(evaluation)]
+    if table := TABLE_OF_SIZE.get(evaluation.size):
+        parts += [f"## {table.title}\n", compare(table, {OURS: evaluation.means()})]
+    return "\n".join(parts)
+
+
+def html_report(evaluation: Evaluation, load_pair: Callable[[str], ImagePair]) -> str:
+    """Return a self-contained page: scores, remarks, and the best, median and worst pairs."""
+    body = [f"<h1>{escape(evaluation.title)}</h1>"]
+    body += [f'<p class="note">{escape(remark)}</p>' for remark in _remarks(evaluation)]
+    body.append(_html_table(["Metric", "Value", "95 % interval"], _rows(evaluation)))
+    if table := TABLE_OF_SIZE.get(evaluation.size):
+        body.append(f"<h2>{escape(table.title)}</h2>")
+        lines = compare(table, {OURS: evaluation.means()}).replace("**", "").splitlines()
+        header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        body.append(_html_table(header, rows))
+    ranking = next((name for name in RANKING if name in evaluation.scores.per_image), None)
+    for title, names in _chosen_pairs(evaluation.scores, ranking).items():
+        body.append(f"<h2>{title} pairs by {ranking} (generated, target)</h2>")
+        figures = "".join(_figure(load_pair(name), evaluation.scores) for name in names)
+        body.append(f'<div class="pairs">{figures}</div>')
+    settings = [[name, str(value)] for name, value in evaluation.settings.items()]
+    body += ["<h2>Settings</h2>", _html_table(["Setting", "Value"], settings)]
+    title = escape(evaluation.title)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{_STYLE}</style><body>{''.join(body)}</body></html>\n"
+    )
+
+
+def data_uri(image: Pixels) -> str:
+    """Return an image as a PNG inside a URI, for pages that need no other file."""
+    return f"data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}"
+
+
+def _rows(evaluation: Evaluation) -> list[list[str]]:
+    rows = [
+        [name, format_score(name, each.value), _interval(name, each.low, each.high)]
+        for name, each in evaluation.scores.intervals().items()
+    ]
+    rows += [[name, format_score(name, fid), ""] for name, fid in evaluation.fids.items()]
+    return rows + [[name, "missing", ""] for name in evaluation.scores.missing]
+
+
+def _interval(metric: str, low: float | None, high: float | None) -> str:
+    return "" if low is None else f"{format_score(metric, low)} to {format_score(metric, high)}"
+
+
+def _remarks(evaluation: Evaluation) -> list[str]:
+    """Return everything a reader must know before comparing figures."""
+    scores = evaluation.scores
+    remarks = [
+        f"{len(scores.names)} images were scored at {evaluation.size[0]}x{evaluation.size[1]}."
+    ]
+    for kind, names in (
+        ("expected, but missing", evaluation.missing_images),
+        ("there, but not expected, and ignored", evaluation.surplus_images),
+    ):
+        if names:
+            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            remarks.append(f"{len(names)} images are {kind}: {shown}.")
+    remarks += [f"No {metric}: {reason}." for metric, reason in scores.missing.items()]
+    for metric in scores.per_image:
+        if names := scores.undefined(metric):
+            remarks.append(
+                f"{metric} is undefined for {len(names)} images of a single colour, such as "
+                f"{names[0]}; its mean leaves them out."
+            )
+    return [*remarks, *(f"{note}." for note in evaluation.notes)]
+
+
+def _chosen_pairs(scores: ScoreSet, ranking: str | None) -> dict[str, list[str]]:
+    if ranking is None:
+        return {}
+    sign = 1 if ranking == "lpips" else -1
+    order = np.argsort(
+        sign * np.nan_to_num(scores.per_image[ranking], nan=-sign * np.inf), kind="stable"
+    )
+    names = np.asarray(scores.names)[order]
+    shown = min(NUM_SHOWN, len(names))
+    middle = (len(names) - shown) // 2
+    return {
+        "Best": list(names[:shown]),
+        "Median": list(names[middle : middle + shown]),
+        "Worst": list(names[::-1][:shown]),
+    }
+
+
+def _figure(pair: ImagePair, scores: ScoreSet) -> str:
+    row = scores.names.index(pair.name)
+    values = ", ".join(
+        f"{name} {format_score(name, float(each[row]))}" for name, each in scores.per_image.items()
+    )
+    images = "".join(
+        f'<img alt="{kind}" src="{data_uri(image)}">'
+        for kind, image in (("generated", pair.generated), ("target", pair.target))
+    )
+    return f"<figure>{images}<figcaption>{escape(pair.name)}<br>{values}</figcaption></figure>"
+
+
+def _html_table(header: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
