@@ -52,7 +52,7 @@ class Evaluation:
 
     def means(self) -> dict[str, float]:
         """Return one figure for each metric."""
-        return {name: each.value for name, each in self.scores.intervals(0).items()} | {**self.fids}
+        return self.scores.means() | {**self.fids}
 
 
 def write_report(

@@ -68,6 +68,13 @@ class ScoreSet:
         """Return the images that a metric is not defined for (NaN); means leave them out."""
         return tuple(np.asarray(self.names)[np.isnan(self.per_image[metric])])
 
+    def means(self) -> dict[str, float]:
+        """Return each metric's mean over the images that it is defined for."""
+        return {
+            metric: float(np.nanmean(values)) if not np.isnan(values).all() else np.nan
+            for metric, values in self.per_image.items()
+        }
+
     def intervals(self, num_resamples: int = 1000, seed: int = 0) -> dict[str, Interval]:
         """Return each metric's mean and its bootstrap interval over the images."""
         return {

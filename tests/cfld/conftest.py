@@ -1,5 +1,6 @@
 """Small models and batches that the tests of the network share, and random metric networks."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -90,3 +91,13 @@ def metric_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         torch.save(state, folder / WEIGHTS_URLS[name].rpartition("/")[2])
     return folder
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of an installed Chromium; skips without one."""
+    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    path = next(filter(None, found), None)
+    if path is None:
+        pytest.skip("no Chromium is installed")
+    return path
