@@ -31,7 +31,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #d8dee6 }
 th:first-child, td:first-child { text-align: left }
 .pairs { display: flex; flex-wrap: wrap; gap: 1rem }
-figure { margin: 0; max-width: 24rem } figure img { width: calc(50% - 2px); image-rendering: auto }
+figure { margin: 0; width: 16rem } figure img { width: 50% }
 figcaption { font-size: 12px; color: #566; overflow-wrap: anywhere }
 .note { background: #fff6dc; border-left: 4px solid #e0b040; padding: .4rem .8rem; margin: .5rem 0 }
 """
