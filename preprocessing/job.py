@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from ray.exceptions import RayTaskError
 
 from cfld.keypoints import KeypointsError
 from cfld.openpose import PoseNetworkError
@@ -224,5 +225,8 @@ def _list(settings: JobSettings, store: Store) -> PhotoListing:
 def _wait_for_one(running: dict[ray.ObjectRef, int]) -> int:
     """Wait until a task has ended, take it out, raise what it raised; return its size."""
     (task,), _ = ray.wait(list(running), num_returns=1)
-    ray.get(task)
+    try:
+        ray.get(task)
+    except RayTaskError as error:
+        raise error.cause from error  # whose text is not a traceback
     return running.pop(task)

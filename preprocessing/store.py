@@ -56,7 +56,7 @@ class Store:
         self.fs.invalidate_cache()
         try:
             paths = self.fs.ls(self.path(folder), detail=False)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(posixpath.basename(path.rstrip("/")) for path in paths)
 
