@@ -24,8 +24,6 @@ from train.shard_cache import ShardError, ShardFiles
 
 Buffer = dict[str, np.ndarray]
 
-_SKELETON_BYTES = POSE_MAP_SIZE[0] * POSE_MAP_SIZE[1] * 3
-
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -46,6 +44,7 @@ class Batch:
     images: UInt8[Tensor, "images height width 3"]
     latents: Float16[Tensor, "samples moments latent_height latent_width"] | None
     num_sources: int
+    pose_map_size: tuple[int, int]
     # Drawn skeletons travel as their few bytes that are not black: a fifteenth of them all.
     skeleton_places: Int32[Tensor, " drawn"]
     skeleton_values: UInt8[Tensor, " drawn"]
@@ -69,13 +68,17 @@ class Batch:
         chosen = resized.permute(0, 2, 3, 1)[self.source]
         return torch.where(self.flips[:, None, None, None], chosen.flip(2), chosen)
 
-    def skeletons(self) -> UInt8[Tensor, "samples 256 256 3"]:
+    def skeletons(
+        self,
+    ) -> UInt8[Tensor, "samples {self.pose_map_size[0]} {self.pose_map_size[1]} 3"]:
         """Return the drawn skeleton of each sample."""
         canvas = torch.zeros(
-            len(self.points) * _SKELETON_BYTES, dtype=torch.uint8, device=self.points.device
+            len(self.points) * 3 * math.prod(self.pose_map_size),
+            dtype=torch.uint8,
+            device=self.points.device,
         )
         canvas[self.skeleton_places.long()] = self.skeleton_values
-        return canvas.view(-1, *POSE_MAP_SIZE, 3)
+        return canvas.view(-1, *self.pose_map_size, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,12 @@ class BatchShape:
     num_pairs: int
     image_size: tuple[int, int]
     latent_shape: tuple[int, int, int] | None
+    pose_map_size: tuple[int, int] = POSE_MAP_SIZE
+
+    @property
+    def skeleton_bytes(self) -> int:
+        """Bytes of one drawn skeleton."""
+        return 3 * math.prod(self.pose_map_size)
 
     def allocate(self) -> Buffer:
         """Allocate memory for one batch that forked processes share.
@@ -96,8 +105,8 @@ class BatchShape:
         images = self.num_pairs if self.latent_shape else samples
         arrays: list[tuple[str, type, tuple[int, ...]]] = [
             ("images", np.uint8, (images, *self.image_size, 3)),
-            ("skeleton_places", np.int32, (samples * _SKELETON_BYTES,)),
-            ("skeleton_values", np.uint8, (samples * _SKELETON_BYTES,)),
+            ("skeleton_places", np.int32, (samples * self.skeleton_bytes,)),
+            ("skeleton_values", np.uint8, (samples * self.skeleton_bytes,)),
         ]
         if self.latent_shape:
             arrays.append(("latents", np.float16, (samples, *self.latent_shape)))
@@ -115,6 +124,7 @@ class Filling:
 
     arrays: dict[str, np.ndarray]
     num_sources: int
+    pose_map_size: tuple[int, int]
     used: dict[str, int]
 
 
@@ -161,7 +171,12 @@ class BatchFiller:
             "flips": (uniforms[:, 0] < self._flip).numpy(),
             "points": np.stack([self._points(row) for row in rows.tolist()]),
         }
-        return Filling(arrays=arrays, num_sources=len(sources), used=used)
+        return Filling(
+            arrays=arrays,
+            num_sources=len(sources),
+            pose_map_size=self._shape.pose_map_size,
+            used=used,
+        )
 
     def _image(self, row: int) -> UInt8[np.ndarray, "height width 3"]:
         try:
@@ -183,16 +198,17 @@ class BatchFiller:
         end = 0
         for number, row in enumerate(rows.tolist()):
             frame = (int(self._table.frame[row, 0]), int(self._table.frame[row, 1]))
-            canvas = draw_skeleton(self._table.keypoints[row], frame).reshape(-1)
+            size = self._shape.pose_map_size
+            canvas = draw_skeleton(self._table.keypoints[row], frame, size).reshape(-1)
             places = np.flatnonzero(canvas != 0)
             start, end = end, end + len(places)
-            buffer["skeleton_places"][start:end] = places + number * _SKELETON_BYTES
+            buffer["skeleton_places"][start:end] = places + number * self._shape.skeleton_bytes
             buffer["skeleton_values"][start:end] = canvas[places]
         return end
 
     def _points(self, row: int) -> Int[np.ndarray, "18 2"]:
         frame = (int(self._table.frame[row, 0]), int(self._table.frame[row, 1]))
-        return canvas_points(self._table.keypoints[row], frame)
+        return canvas_points(self._table.keypoints[row], frame, self._shape.pose_map_size)
 
     def _read(self, places: Places, row: int) -> bytes:
         shard = int(self._table.row_shard[row])
@@ -212,7 +228,13 @@ def take_batch(
     for name, num in filling.used.items():
         entries = torch.from_numpy(buffer[name][:num])
         tensors[name] = torch.empty_like(entries, pin_memory=pin).copy_(entries)
-    return Batch(epoch=epoch, step=step, num_sources=filling.num_sources, **tensors)
+    return Batch(
+        epoch=epoch,
+        step=step,
+        num_sources=filling.num_sources,
+        pose_map_size=filling.pose_map_size,
+        **tensors,
+    )
 
 
 def read_latent_shape(table: PairTable, files: ShardFiles) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +17,7 @@ from jaxtyping import Int, Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cfld.pose import POSE_MAP_SIZE
 from train.batch import (
     Batch,
     BatchFiller,
@@ -47,6 +49,8 @@ class LoaderConfig:
 
     image_size: tuple[int, int] = (512, 512)
     """Height and width; stored images of another size are resized."""
+    pose_map_size: tuple[int, int] = POSE_MAP_SIZE
+    """Height and width at which poses are drawn."""
     flip_source: float = 0.5
     """Probability that a pair's source conditioning image, and it alone, is mirrored."""
     use_latents: bool = True
@@ -107,7 +111,10 @@ class Loader:
         self.has_latents = config.use_latents and table.has_latents
         latent_shape = read_latent_shape(table, self._files) if self.has_latents else None
         self._shape = BatchShape(
-            num_pairs=micro_batch, image_size=config.image_size, latent_shape=latent_shape
+            num_pairs=micro_batch,
+            image_size=config.image_size,
+            latent_shape=latent_shape,
+            pose_map_size=config.pose_map_size,
         )
         self._filler = BatchFiller(
             table, self._files, self._shape, flip=config.flip_source, seed=order.seed
@@ -130,6 +137,7 @@ class Loader:
                 prefetch_factor=ahead if num_workers else None,
                 multiprocessing_context="fork" if num_workers else None,
                 generator=torch.Generator(),  # else it would draw from the trainer's
+                worker_init_fn=_outlive_sigterm,
             )
         )
         # One batch is taken ahead, in a thread, so that the trainer does not wait for the copy.
@@ -289,6 +297,12 @@ def _take_next(
     pin = torch.cuda.is_available()
     buffer = buffers[task.buffer]
     return task, take_batch(buffer, filling, epoch=task.epoch, step=task.step, pin=pin)
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Let the trainer, which gets the same signal, finish its step; a worker ends with it."""
+    del worker
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_it_is(filled: Any) -> Any:
