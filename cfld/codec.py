@@ -77,10 +77,20 @@ class VaeCodec(nn.Module):
         """Posterior means, then log-variances, along the channels: what shards store."""
         return self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters
 
-    def sample(self, moments: Moments, generator: Generators | None = None) -> Latents:
-        """Latents drawn from a (stored) posterior, one generator for all images or one for each."""
+    def sample(
+        self,
+        moments: Moments,
+        generator: Generators | None = None,
+        *,
+        noise: Latents | None = None,
+    ) -> Latents:
+        """Latents drawn from a (stored) posterior, one generator for all images or one for each.
+
+        Standard normal `noise` is used instead of drawing some.
+        """
         mean, log_variance = moments.to(torch.float32).chunk(2, dim=1)
-        noise = randn_tensor(mean.shape, generator, mean.device, mean.dtype)
+        if noise is None:
+            noise = randn_tensor(mean.shape, generator, mean.device, mean.dtype)
         sampled = mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise
         return sampled * self.vae.config.scaling_factor
 
@@ -109,9 +119,15 @@ class PixelCodec(nn.Module):
         mean = F.pixel_unshuffle(images, self.factor) + self.shift
         return torch.cat([mean, torch.full_like(mean, -30.0)], dim=1)
 
-    def sample(self, moments: Moments, generator: Generators | None = None) -> Latents:
-        """The mean; `generator` is not used."""
-        del generator
+    def sample(
+        self,
+        moments: Moments,
+        generator: Generators | None = None,
+        *,
+        noise: Latents | None = None,
+    ) -> Latents:
+        """The mean; neither `generator` nor `noise` is used."""
+        del generator, noise
         return moments.chunk(2, dim=1)[0]
 
     def decode(self, latents: Latents) -> Images:
