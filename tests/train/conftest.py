@@ -34,7 +34,13 @@ from shards.format import (
     shard_name,
 )
 
-WriteShards = Callable[..., Path]
+
+def draw_noise(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A random image, and random keypoints one of which is missing."""
+    keypoints = np.ones((18, 3), np.float32)
+    keypoints[:, :2] = rng.uniform(0, (size[1], size[0]), (18, 2))
+    keypoints[rng.integers(18)] = np.nan, np.nan, 0
+    return rng.integers(0, 255, (*size, 3), dtype=np.uint8), keypoints
 
 
 def write_shards(
@@ -48,8 +54,9 @@ def write_shards(
     latent_shape: tuple[int, ...] | None = None,
     split: str = "train",
     image_format: str = "jpg",
+    draw: Callable[..., tuple[np.ndarray, np.ndarray]] = draw_noise,
 ) -> Path:
-    """Write a complete shard set of random images; all ordered pairs of each person."""
+    """Write a complete shard set of drawn images; all ordered pairs of each person."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     rows, pairs, shards = [], [], []
@@ -60,7 +67,12 @@ def write_shards(
                 start = len(rows)
                 for view in range(views):
                     key = f"s{seed}p{person:04d}v{view}"
-                    row = _write_sample(tar, buffer, rng, key, size, latent_shape, image_format)
+                    image, keypoints = draw(rng, size)
+                    members = _encode(key, image, keypoints, image_format)
+                    if latent_shape:
+                        members["latent"] = _save(rng.normal(size=latent_shape))
+                    row = _describe(key, image, keypoints, image_format)
+                    row |= _write_members(tar, buffer, key, members, image_format)
                     rows.append(row | {"person": f"{person:04d}", "split": split, "shard": name})
                 within = range(start, len(rows))
                 pairs += [(a, b, split) for a in within for b in within if a != b]
@@ -93,32 +105,37 @@ def write_shards(
     return folder
 
 
-def _write_sample(tar, buffer, rng, key, size, latent_shape, image_format) -> dict:
-    keypoints = np.ones((18, 3), np.float32)
-    keypoints[:, :2] = rng.uniform(0, (size[1], size[0]), (18, 2))
-    keypoints[rng.integers(18)] = np.nan, np.nan, 0
-    image = rng.integers(0, 255, (*size, 3), dtype=np.uint8)
-    members = {
+def _encode(key, image, keypoints, image_format) -> dict[str, bytes]:
+    return {
         "image": encode_jpeg(image) if image_format == "jpg" else encode_png(image),
-        "pose": encode_png(draw_skeleton(keypoints, size)),
+        "pose": encode_png(draw_skeleton(keypoints, image.shape[:2])),
         "json": json.dumps({"key": key}).encode(),
     }
-    if latent_shape:
-        latent = io.BytesIO()
-        np.save(latent, rng.normal(size=latent_shape).astype(np.float16))
-        members["latent"] = latent.getvalue()
-    row = {
+
+
+def _save(latent: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, latent.astype(np.float16))
+    return file.getvalue()
+
+
+def _describe(key, image, keypoints, image_format) -> dict:
+    return {
         "key": key, "name": f"{key}.{image_format}", "view": None, "image_extension": image_format,
-        "height": size[0], "width": size[1], "keypoints": keypoints.reshape(-1),
+        "height": image.shape[0], "width": image.shape[1], "keypoints": keypoints.reshape(-1),
         "num_people": None, "is_valid": True, "latent_offset": None, "latent_size": None,
     }  # fmt: skip
+
+
+def _write_members(tar, buffer, key, members, image_format) -> dict[str, int]:
+    places = {}
     for member, data in members.items():
         header = tarfile.TarInfo(member_name(key, member, image_format))
         header.size = len(data)
         tar.addfile(header, io.BytesIO(data))
-        row[f"{member}_offset"] = buffer.tell() - len(data) - (-len(data) % 512)
-        row[f"{member}_size"] = len(data)
-    return row
+        places[f"{member}_offset"] = buffer.tell() - len(data) - (-len(data) % 512)
+        places[f"{member}_size"] = len(data)
+    return places
 
 
 def _sha256(data: bytes) -> str:

@@ -150,7 +150,7 @@ def test_errors_name_what_to_change() -> None:
         num_steps([PairSet(shards=np.zeros(5, int))], OrderConfig(global_batch=12))
     with pytest.raises(ValueError, match="an epoch has no pairs"):
         num_steps([PairSet(shards=np.zeros(5, int), weight=0.01)], OrderConfig(global_batch=1))
-    with pytest.raises(ValueError, match="weight is 0.0, it must be positive"):
+    with pytest.raises(ValueError, match=r"weight is 0\.0, it must be positive"):
         PairSet(shards=SHARDS, weight=0.0)
     with pytest.raises(ValueError, match=r"order\.global_batch is 0"):
         OrderConfig(global_batch=0)
