@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 
-from preprocessing.datasets.synthetic import FigureSettings, SettingsMismatchError, draw_dataset
+from preprocessing.figure_set import FigureSettings, SettingsMismatchError, draw_dataset
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,16 +39,28 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m preprocessing.draw_figures",
         description="Draw persons in textured clothes, in many poses, with exact keypoints.",
         epilog="example: python -m preprocessing.draw_figures --output figures --size 256 176",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add("--output", required=True, help="folder; an interrupted one is completed")
-    add("--persons", type=int, default=default.num_persons, help="in the train split")
-    add("--test-persons", type=int, default=default.num_test_persons, help="other persons")
-    add("--images-per-person", type=int, default=default.images_per_person, help="poses of each")
-    add("--size", type=int, nargs=2, default=default.size, metavar=("H", "W"), help="in pixels")
-    add("--seed", type=int, default=default.seed, help="another seed, other persons")
-    add("--num-workers", type=int, help="processes; None means one per core")
+    add = parser.add_argument_group("what is drawn").add_argument
+    add("--persons", type=int, default=default.num_persons, help="of split train (%(default)s)")
+    add(
+        "--test-persons",
+        type=int,
+        default=default.num_test_persons,
+        help="others, of split test (%(default)s)",
+    )
+    add("--images-per-person", type=int, default=default.images_per_person, help="(%(default)s)")
+    add(
+        "--size",
+        type=int,
+        nargs=2,
+        default=default.size,
+        metavar=("HEIGHT", "WIDTH"),
+        help="in pixels (64 64)",
+    )
+    add("--seed", type=int, default=default.seed, help="another one, other persons (%(default)s)")
+    add = parser.add_argument_group("where and how").add_argument
+    add("--output", required=True, metavar="DIR", help="an interrupted set is completed")
+    add("--num-workers", type=int, help="processes (one per core)")
     return parser.parse_args(arguments)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from preprocessing.build_shards import main
-from preprocessing.datasets.synthetic import FigureSettings, draw_dataset
+from preprocessing.figure_set import FigureSettings, draw_dataset
 from preprocessing.ray_session import ray_session
 from shards.format import ShardSet, open_shards
 

@@ -9,13 +9,8 @@ from PIL import Image
 
 from preprocessing import draw_figures
 from preprocessing.datasets import table
-from preprocessing.datasets.synthetic import (
-    DATASET,
-    FigureSettings,
-    SettingsMismatchError,
-    draw_dataset,
-    list_photos,
-)
+from preprocessing.datasets.synthetic import DATASET, list_photos
+from preprocessing.figure_set import FigureSettings, SettingsMismatchError, draw_dataset
 from preprocessing.figures import draw_figure
 
 SMALL = FigureSettings(
