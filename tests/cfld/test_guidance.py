@@ -55,15 +55,9 @@ def test_cumulative_guidance_is_equation_7(stirred, batch, conditioning):
     assert (nothing - pose).abs().max() > 1e-2
     assert (pose - both).abs().max() > 1e-2
 
-    for pose_scale, appearance_scale in (
-        (1.0, 1.0),
-        (1.0, 2.0),
-        (2.0, 1.0),
-        (2.0, 2.0),
-        (3.0, 1.5),
-    ):
-        expected = nothing + pose_scale * (pose - nothing) + appearance_scale * (both - pose)
-        guided = guide(stirred, conditioning, cumulative_terms(pose_scale, appearance_scale))
+    for scales in ((1.0, 1.0), (1.0, 2.0), (2.0, 1.0), (2.0, 2.0), (3.0, 1.5)):
+        expected = nothing + scales[0] * (pose - nothing) + scales[1] * (both - pose)
+        guided = guide(stirred, conditioning, cumulative_terms(*scales))
         found = guided_prediction(stirred, latents, TIMESTEP, guided)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -255,12 +257,25 @@ def test_presets_survive_omegaconf(preset):
         CFLD(loaded, pretrained=False)
 
 
+COMPILE = """
+import torch
+from cfld.config import PRESETS
+from cfld.model import CFLD
+
+torch.set_grad_enabled(False)
+model = CFLD(PRESETS["tiny"], pretrained=False).eval()
+conditioning = model.condition(torch.rand(1, 3, 64, 64), torch.rand(2, 21, 64, 64))
+conditioning = model.precompute_keys_values(conditioning)
+latents, timesteps = torch.randn(2, 48, 16, 16), torch.tensor([1, 500])
+expected = model.predict(latents, timesteps, conditioning)
+model.unet.compile(fullgraph=True, backend="aot_eager")
+compiled = model.predict(latents, timesteps, conditioning)
+torch.testing.assert_close(compiled, expected, atol=1e-4, rtol=1e-4)
+"""
+
+
 @pytest.mark.slow
-def test_compiled_unet_agrees(stirred, batch):
-    conditioning = stirred.precompute_keys_values(stirred.condition(batch.source, batch.pose_maps))
-    timesteps = torch.tensor([1, 500, 999, 3])
-    with torch.no_grad():
-        expected = stirred.predict(batch.latents, timesteps, conditioning)
-        stirred.unet.compile()
-        compiled = stirred.predict(batch.latents, timesteps, conditioning)
-    torch.testing.assert_close(compiled, expected, atol=1e-4, rtol=1e-4)
+def test_unet_compiles_without_a_graph_break():
+    # In a process of its own, because torch cannot trace the checks of shapes that tests add. The
+    # whole graph is traced; generating C++ for it would take minutes and test only torch.
+    subprocess.run([sys.executable, "-c", COMPILE], check=True, timeout=500)
