@@ -22,6 +22,7 @@ Picture = Image.Image | np.ndarray | Tensor
 Size = tuple[int, int]
 
 _MARGIN = 0.1
+_SAME_SHAPE = 0.03
 
 
 class NoPersonError(ValueError):
@@ -143,6 +144,31 @@ def find_person(
     return FramedPose(keypoints, photo.shape[:2])
 
 
+def fit_frame(pose: FramedPose, size: Size) -> FramedPose:
+    """Crop or widen the frame to the shape of `size` around the person, who keeps its proportions.
+
+    The model sees source, pose and result squashed to one square, so their frames must have one
+    shape. Shapes that differ by less than 3 % count as the same: published keypoints do.
+    """
+    height, width = pose.frame
+    ratio = size[1] / size[0]
+    if abs(width / height / ratio - 1) < _SAME_SHAPE:
+        return pose
+    points = pose.keypoints[is_found(pose.keypoints), :2]
+    low, high = points.min(axis=0), points.max(axis=0)
+    person_width, person_height = (high - low) * (1 + 2 * _MARGIN)
+    if width / height > ratio:  # too wide: crop the sides, but not the person
+        new_width = max(height * ratio, min(width, float(person_width)))
+        new_height = new_width / ratio
+    else:
+        new_height = max(width / ratio, min(height, float(person_height)))
+        new_width = new_height * ratio
+    x, y = (low + high) / 2
+    corner = _place(float(x), new_width, width), _place(float(y), new_height, height)
+    keypoints = pose.keypoints - np.array([*corner, 0], dtype=np.float32)
+    return FramedPose(keypoints, (round(new_height), round(new_width)))
+
+
 def draw_poses(
     poses: Sequence[FramedPose | Float[Tensor, "21 _ _"]], size: Size
 ) -> Float[Tensor, "batch 21 {size[0]} {size[1]}"]:
@@ -162,6 +188,13 @@ def draw_poses(
             for pose in poses
         ]
     )
+
+
+def _place(centre: float, window: float, length: int) -> float:
+    """Where a window begins: around `centre`, inside of `length` if it is smaller."""
+    if window >= length:
+        return (length - window) / 2
+    return min(max(centre - window / 2, 0), length - window)
 
 
 def _unpack(pose: FramedPose) -> tuple[np.ndarray, Size]:

@@ -1,0 +1,223 @@
+"""Photo, pose and output of many images to generate, from a table; run in batches, resumable."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+
+from cfld.images import ImageError, decode_image
+from cfld.keypoints import KeypointsError, read_pose
+from cfld.openpose import PoseNetworkError
+from cfld.pipeline import CFLDPipeline
+from cfld.pipeline_inputs import Estimator, FramedPose, Size, find_person, fit_frame
+from cfld.pose_network import PersonPose, PoseEstimator, PoseEstimatorConfig
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("image", "pose", "output")
+_KEYPOINT_FILE = re.compile(r".+\.(csv|json)(:.+)?", re.IGNORECASE)
+
+
+class LazyEstimator:
+    """A pose estimator whose network is loaded when the first photo needs it."""
+
+    def __init__(self, config: PoseEstimatorConfig) -> None:
+        self.config = config
+
+    def estimate(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> list[PersonPose]:
+        """The main person of each RGB photo."""
+        return self._estimator.estimate(images)
+
+    @cached_property
+    def _estimator(self) -> PoseEstimator:
+        return PoseEstimator(self.config)
+
+
+class JobError(ValueError):
+    """What is wrong with one image to generate, or with the table of them."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to generate; `row` counts from 0 and shifts the seed."""
+
+    image: str
+    pose: str
+    output: str
+    row: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are generated."""
+
+    num_steps: int = 50
+    pose_scale: float = 2.0
+    appearance_scale: float = 2.0
+    seed: int = 0
+    """Of row 0; row i has seed + i, so that no image depends on the batch it is in."""
+    size: Size | None = None
+    """Height and width of the results; None: of each photo."""
+    pose_frame: Size | None = None
+    """What keypoints in files refer to; None: each photo's size."""
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that was left out, and why."""
+
+    job: Job
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A job with its files read."""
+
+    job: Job
+    photo: UInt8[np.ndarray, "height width 3"]
+    pose: FramedPose
+
+
+def read_table(path: str | Path) -> list[Job]:
+    """Jobs from a csv with the columns image, pose and output; paths are as seen from here.
+
+    Raises:
+        JobError: If there is no such file, a column is missing, or two rows have one output.
+    """
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = set(COLUMNS) - set(reader.fieldnames or ())
+            if missing:
+                raise JobError(
+                    f"{path}: has no column {', '.join(sorted(missing))}; the first line must be "
+                    f"{','.join(COLUMNS)}"
+                )
+            jobs = [
+                Job(**{column: (row[column] or "").strip() for column in COLUMNS}, row=index)
+                for index, row in enumerate(reader)
+            ]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise JobError(f"{path}: cannot be read as a table ({error})") from error
+    outputs = Counter(str(Path(job.output)) for job in jobs if job.output)
+    shared = [output for output, count in outputs.items() if count > 1]
+    if shared:
+        raise JobError(f"{path}: {len(shared)} outputs stand in several rows, such as {shared[0]}")
+    return jobs
+
+
+def write_failures(path: Path, failures: Sequence[Failure]) -> None:
+    """Write the rows left out and their reasons as a table that can be run again."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow((*COLUMNS, "reason"))
+        for failure in failures:
+            job = failure.job
+            writer.writerow((job.image, job.pose, job.output, failure.reason))
+
+
+def read_inputs(job: Job, sampling: Sampling, estimator: Estimator) -> Inputs:
+    """Read the photo and the pose of a job; the estimator finds the person of a pose photo.
+
+    Raises:
+        JobError: If a file is missing, is none of the known formats, or shows no person.
+        PoseNetworkError: If the estimator cannot be had.
+    """
+    if not (job.image and job.pose and job.output):
+        raise JobError(f"a cell is empty; fill in {', '.join(COLUMNS)}")
+    if Path(job.output).suffix.lower() not in Image.registered_extensions():
+        raise JobError(f"{job.output}: ends in no image format; use .png or .jpg")
+    photo = read_photo(job.image)
+    size = sampling.size or photo.shape[:2]
+    try:
+        if _KEYPOINT_FILE.fullmatch(job.pose):
+            pose = FramedPose(read_pose(job.pose), sampling.pose_frame or photo.shape[:2])
+        else:
+            pose = find_person(read_photo(job.pose), estimator)
+    except (JobError, PoseNetworkError):
+        raise
+    except FileNotFoundError as error:
+        raise JobError(f"{job.pose}: no such file") from error
+    except (OSError, ValueError) as error:
+        is_named = isinstance(error, KeypointsError)
+        raise JobError(str(error) if is_named else f"{job.pose}: {error}") from error
+    return Inputs(job, photo, fit_frame(pose, size))
+
+
+def read_photo(path: str) -> UInt8[np.ndarray, "height width 3"]:
+    """An image file as RGB.
+
+    Raises:
+        JobError: If it is missing or no image.
+    """
+    try:
+        return decode_image(Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise JobError(f"{path}: no such file") from error
+    except (OSError, ImageError) as error:
+        raise JobError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def run_jobs(
+    pipeline: CFLDPipeline, jobs: Sequence[Job], sampling: Sampling, estimator: Estimator
+) -> list[Failure]:
+    """Generate what is not there yet; bad rows are left out and returned."""
+    failures: list[Failure] = []
+    todo = [job for job in jobs if not (job.output and Path(job.output).is_file())]
+    logger.info("%d images to generate, %d are there already", len(todo), len(jobs) - len(todo))
+    readable = _read_all(todo, sampling, estimator, failures)
+    num_done = 0
+    while batch := list(islice(readable, sampling.batch_size)):
+        generate_batch(pipeline, batch, sampling)
+        num_done += len(batch)
+        logger.info("%d of %d generated, %d failed", num_done, len(todo), len(failures))
+    return failures
+
+
+def generate_batch(pipeline: CFLDPipeline, batch: Sequence[Inputs], sampling: Sampling) -> None:
+    """Generate the images of a batch and write each under its name once it is whole."""
+    height, width = sampling.size or (None, None)
+    images = pipeline(
+        [inputs.photo for inputs in batch],
+        [inputs.pose for inputs in batch],
+        height=height,
+        width=width,
+        num_inference_steps=sampling.num_steps,
+        pose_guidance_scale=sampling.pose_scale,
+        appearance_guidance_scale=sampling.appearance_scale,
+        generator=[
+            torch.Generator().manual_seed(sampling.seed + inputs.job.row) for inputs in batch
+        ],
+        return_dict=False,
+    )[0]
+    for inputs, image in zip(batch, images, strict=True):
+        output = Path(inputs.job.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = output.with_name(f".{output.stem}.unfinished{output.suffix}")
+        image.save(unfinished, quality=95)
+        unfinished.replace(output)
+
+
+def _read_all(
+    jobs: Sequence[Job], sampling: Sampling, estimator: Estimator, failures: list[Failure]
+) -> Iterator[Inputs]:
+    for job in jobs:
+        try:
+            yield read_inputs(job, sampling, estimator)
+        except JobError as error:  # noqa: PERF203  # each row fails alone
+            logger.error("row %d: %s", job.row + 1, error)
+            failures.append(Failure(job, str(error)))

@@ -1,0 +1,191 @@
+"""Command: the authors' released checkpoints as a pipeline folder of this project."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pickle
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cfld.codec import Codec, VaeCodec, build_codec
+from cfld.config import CFLDConfig
+from cfld.config_file import ConfigError, load_config
+from cfld.model import CFLD
+from cfld.official import our_name
+from cfld.pipeline import CFLDPipeline
+
+logger = logging.getLogger(__name__)
+
+NUM_NAMES_SHOWN = 10
+_EXAMPLE = """\
+example:
+  python -m cfld.import_official --model pytorch_model.bin --unet pytorch_model_1.bin \\
+      --output weights
+
+Their files hold no VAE: it is Stable Diffusion 1.5's, from the hub or from --vae."""
+
+
+class CheckpointError(ValueError):
+    """Files that do not hold exactly the wanted tensors, or no VAE to go with them."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    options = _make_parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("cfld").setLevel(logging.INFO)
+    try:
+        config = load_config(options.config)
+        codec = load_codec(config, options.vae)
+        model = import_model(config, read_tensors(options.model), read_tensors(options.unet))
+    except (ConfigError, CheckpointError) as error:
+        logger.error("%s", error)
+        return 2
+    CFLDPipeline.from_model(model, codec).save_pretrained(options.output)
+    logger.info("%s holds the pipeline", options.output)
+    return 0
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Named tensors from a safetensors file or a pickle, of which nothing is executed.
+
+    Raises:
+        CheckpointError: If it cannot be read or holds anything else.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, because it holds more than tensors and may run code: {error}"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
+    if not isinstance(tensors, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(tensors).__name__}, not named tensors")
+    others = [str(name) for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(f"{path}: {_listed(others, 'entries that are no tensors')}")
+    return {str(name): value for name, value in tensors.items()}
+
+
+def import_model(
+    config: CFLDConfig, conditioning: Mapping[str, Tensor], unet: Mapping[str, Tensor]
+) -> CFLD:
+    """CFLD with the authors' tensors of both files (`pytorch_model.bin`, `pytorch_model_1.bin`).
+
+    Raises:
+        CheckpointError: Unless every parameter is given exactly once, in its shape.
+    """
+    shared = sorted(conditioning.keys() & unet.keys())
+    if shared:
+        raise CheckpointError(f"both files hold {_listed(shared, 'tensors of the same name')}")
+    with init_empty_weights():  # the buffers, which no file holds, are computed
+        model = CFLD(config, pretrained=False)
+    tensors = rename_tensors(config, {**conditioning, **unet}, model.state_dict())
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def rename_tensors(
+    config: CFLDConfig, official: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The authors' tensors under our names, in float32; `wanted` has our names and shapes.
+
+    Raises:
+        CheckpointError: Listing what is missing, unexpected or of another shape.
+    """
+    renamed: dict[str, Tensor] = {}
+    unexpected, misshapen, filled = [], [], set()
+    for name, tensor in official.items():
+        try:
+            ours = our_name(name, len(config.branch_shapes))
+        except KeyError:
+            unexpected.append(name)
+            continue
+        if ours is None:
+            continue
+        filled.add(ours)
+        if ours not in wanted:
+            unexpected.append(name)
+        elif tensor.shape != wanted[ours].shape:
+            misshapen.append(f"{name} {tuple(tensor.shape)}, not {tuple(wanted[ours].shape)}")
+        else:
+            renamed[ours] = tensor.to(torch.float32)
+    problems = {
+        "tensors are missing (in our names)": sorted(wanted.keys() - filled),
+        "tensors are not known to this configuration": unexpected,
+        "tensors have another shape": misshapen,
+    }
+    found = [_listed(names, problem) for problem, names in problems.items() if names]
+    if found:
+        raise CheckpointError(
+            "the checkpoint does not fit the configuration; is it complete, and is --config that "
+            "of its training?\n" + "\n".join(found)
+        )
+    return renamed
+
+
+def load_codec(config: CFLDConfig, vae: str | None) -> Codec:
+    """The codec, its VAE from a hub name or a folder with `vae/` in it.
+
+    Raises:
+        CheckpointError: If there is no VAE, or it halves images more or less often than wanted.
+    """
+    settings = replace(config.codec, pretrained=vae) if vae else config.codec
+    if settings.kind == "vae" and not settings.pretrained:
+        raise CheckpointError("the configuration names no VAE; give --vae")
+    try:
+        codec = build_codec(settings)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{settings.pretrained}: no VAE can be had from there ({error}); give --vae, a folder "
+            "of Stable Diffusion 1.5 with vae/ in it"
+        ) from error
+    if isinstance(codec, VaeCodec):
+        factor = 2 ** (len(codec.vae.config.block_out_channels) - 1)
+        if factor != settings.factor:
+            raise CheckpointError(
+                f"{settings.pretrained}: one latent of its VAE is {factor} pixels wide, the "
+                f"configuration has codec.factor {settings.factor}"
+            )
+    return codec
+
+
+def _listed(names: Sequence[str], what: str) -> str:
+    shown = "".join(f"\n  {name}" for name in names[:NUM_NAMES_SHOWN])
+    more = len(names) - NUM_NAMES_SHOWN
+    return f"{len(names)} {what}:{shown}" + (f"\n  and {more} more" if more > 0 else "")
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cfld.import_official",
+        description=__doc__,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, metavar="FILE", help="S, D, A and P")
+    parser.add_argument("--unet", required=True, metavar="FILE", help="N")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the pipeline goes")
+    parser.add_argument(
+        "--config", default="paper", metavar="NAME|FILE", help="sizes other than the paper's"
+    )
+    parser.add_argument("--vae", metavar="NAME|DIR", help="default: Stable Diffusion 1.5's")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
