@@ -181,17 +181,17 @@ def _find_finished(store: Store, settings: JobSettings) -> Manifest | None:
     """Return the manifest if the set is complete; refuse an output of something else."""
     record = settings.record()
     if store.exists(MANIFEST_FILE):
-        where = store.path(MANIFEST_FILE)
+        where = store.url(MANIFEST_FILE)
         manifest = Manifest.from_json(store.read_bytes(MANIFEST_FILE).decode(), where)
         _require_same(record, manifest.settings, where)
         return manifest
     if store.exists(SETTINGS_FILE):
         found = json.loads(store.read_bytes(SETTINGS_FILE))
-        _require_same(record, found, store.path(SETTINGS_FILE))
+        _require_same(record, found, store.url(SETTINGS_FILE))
         return None
     if foreign := [name for name in store.names() if name.endswith((".tar", ".parquet"))]:
         raise SettingsError(
-            f"{store.root}: holds {foreign[0]}, which an unfinished job did not leave; choose "
+            f"{store.url('')}: holds {foreign[0]}, which an unfinished job did not leave; choose "
             "another output folder"
         )
     return None

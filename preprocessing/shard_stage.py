@@ -14,8 +14,9 @@ import pyarrow as pa
 from jaxtyping import Float32
 from PIL import Image
 
-from cfld.images import ImageError, decode_image, encode_jpeg, encode_png, resize_image
+from cfld.images import ImageError, decode_image, encode_jpeg, resize_image
 from cfld.pose import draw_skeleton, is_found
+from preprocessing.drawing_png import encode_drawing
 from preprocessing.listing import Reject
 from preprocessing.photo_reader import read_ahead
 from preprocessing.rejects import rejects_table
@@ -190,7 +191,7 @@ def _add_sample(
     }
     members = {
         "image": image.data,
-        "pose": encode_png(draw_skeleton(keypoints, image.size, POSE_SIZE)),
+        "pose": encode_drawing(draw_skeleton(keypoints, image.size, POSE_SIZE)),
         "json": _to_json({name: row[name] for name in SAMPLE_FIELDS}).encode(),
     }
     row |= {"latent_offset": None, "latent_size": None}

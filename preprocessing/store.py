@@ -47,6 +47,10 @@ class Store:
         """Return the full path of a name."""
         return posixpath.join(self.root, name)
 
+    def url(self, name: str) -> str:
+        """Return what people call the file of a name."""
+        return self.path(name) if self.is_local else str(self.fs.unstrip_protocol(self.path(name)))
+
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
         return bool(self.fs.exists(self.path(name)))
@@ -95,7 +99,7 @@ class Store:
             self._publish(temporary, name)
         except OSError as error:
             raise OutputError(
-                f"{self.path(name)} could not be written: {error.strerror or error}. Make room or "
+                f"{self.url(name)} could not be written: {error.strerror or error}. Make room or "
                 "give permission, then run the same command again: what is finished is kept"
             ) from error
         finally:
