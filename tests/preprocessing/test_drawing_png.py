@@ -1,4 +1,4 @@
-"""Drawings survive their own PNG encoder, as other decoders see it, in fewer bytes than Pillow's."""
+"""Drawings survive their own PNG encoder, for all decoders, in fewer bytes than Pillow's."""
 
 import io
 
