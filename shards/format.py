@@ -12,6 +12,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 from fsspec.spec import AbstractFileSystem
 from jaxtyping import Float32
