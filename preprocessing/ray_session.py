@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -31,22 +33,41 @@ def ray_session(address: str | None, num_workers: int | None) -> Iterator[int]:
     directory is sent to the workers: the package is installed where they run.
     """
     is_ours = not ray.is_initialized()
+    options: dict[str, Any]
     if is_ours:
         for name, value in _QUIET_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         if address is None:
-            ray.init(
-                num_cpus=num_workers,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            options = {
+                "num_cpus": num_workers,
+                "object_store_memory": _OBJECT_STORE_BYTES,
+                "include_dashboard": False,
+            }
         else:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            options = {"address": address}
+        with _silenced_standard_error():
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     try:
         num_cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
         yield num_cpus if num_workers is None else min(num_workers, num_cpus)
     finally:
         if is_ours:
             ray.shutdown()
+
+
+@contextmanager
+def _silenced_standard_error() -> Iterator[None]:
+    """Send the process's standard error nowhere: Ray's C++ part reports there which level it has.
+
+    What goes wrong comes as an exception all the same.
+    """
+    sys.stderr.flush()
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(nowhere)
+        os.close(saved)
