@@ -16,7 +16,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
@@ -59,7 +58,7 @@ class CFLDPipeline(DiffusionPipeline):
         conditioner: Conditioner,
         unet: UNet2DConditionModel,
         vae: AutoencoderKL | PixelAutoencoder,
-        scheduler: KarrasDiffusionSchedulers,
+        scheduler: SchedulerMixin,
     ) -> None:
         super().__init__()
         self.register_modules(conditioner=conditioner, unet=unet, vae=vae, scheduler=scheduler)
@@ -166,7 +165,7 @@ class CFLDPipeline(DiffusionPipeline):
         sizes = [picture.shape[:2] if height is None else (height, width) for picture in pictures]
         if output_type in ("np", "pt") and len(set(sizes)) > 1:
             raise ValueError(
-                f"images of sizes {sorted(set(sizes))} in one array: give height, width"
+                f"images of {sorted(set(sizes))} do not fit one array: give height and width"
             )
 
         settings = self.conditioner.settings
@@ -291,7 +290,7 @@ def _fetch(component: torch.nn.Module) -> None:
     del component
 
 
-def _resized(images: Images, size: Size) -> Images:
+def _resized(images: Images, size: Size) -> Float[Tensor, "batch 3 {size[0]} {size[1]}"]:
     if tuple(images.shape[-2:]) == tuple(size):
         return images
     return resize(images, list(size), InterpolationMode.BICUBIC, antialias=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class NoPersonError(ValueError):
     """A photo in which no person was found."""
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """What finds the main person of photos, such as `cfld.pose_network.PoseEstimator`."""
 
@@ -61,7 +62,7 @@ class FramedPose:
             )
 
 
-def read_pictures(image: Picture | Sequence[Picture]) -> list[UInt8[np.ndarray, "_ _ 3"]]:
+def read_pictures(image: object) -> list[UInt8[np.ndarray, "_ _ 3"]]:
     """RGB pictures of any size.
 
     Accepted are PIL images, arrays HWC or NHWC and tensors CHW or NCHW, uint8 or floats in
@@ -180,7 +181,7 @@ def draw_poses(
     for pose in poses:
         if isinstance(pose, Tensor) and tuple(pose.shape[1:]) != tuple(size):
             raise ValueError(
-                f"a pose map of {tuple(pose.shape[1:])} is given, the model has {size}"
+                f"a pose map of {tuple(pose.shape[1:])} is given, the model's are {tuple(size)}"
             )
     return torch.stack(
         [
@@ -194,7 +195,7 @@ def _place(centre: float, window: float, length: int) -> float:
     """Where a window begins: around `centre`, inside of `length` if it is smaller."""
     if window >= length:
         return (length - window) / 2
-    return min(max(centre - window / 2, 0), length - window)
+    return min(max(centre - window / 2, 0.0), length - window)
 
 
 def _unpack(pose: FramedPose) -> tuple[np.ndarray, Size]:
@@ -228,7 +229,7 @@ def _split(pose: object) -> list[np.ndarray | Tensor | FramedPose]:
     if isinstance(pose, Tensor) and len(shape) in (3, 4) and shape[-3] == POSE_MAP_CHANNELS:
         return list(pose.detach().cpu().reshape(-1, *shape[-3:]))
     try:
-        return list(read_pictures(pose))  # type: ignore[arg-type]  # it refuses what is no picture
+        return list(read_pictures(pose))
     except ValueError as error:
         raise ValueError(
             f"a pose is keypoints [18, 3], a pose map [21, h, w] as a tensor, a drawn skeleton or "

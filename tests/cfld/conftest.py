@@ -25,7 +25,7 @@ def frozen_config() -> CFLDConfig:
     return replace(TINY, unet=replace(TINY.unet, is_frozen=True))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def build() -> Callable[..., CFLD]:
     """Builds a model with seeded random weights; its zero convolutions are not zero if stirred."""
 
@@ -52,6 +52,22 @@ def model(build: Callable[..., CFLD], frozen_config: CFLDConfig) -> CFLD:
 def stirred(build: Callable[..., CFLD], frozen_config: CFLDConfig) -> CFLD:
     """A small model as if it were trained."""
     return build(frozen_config, stirred=True)
+
+
+@pytest.fixture(scope="session")
+def micro() -> dict[str, CFLDConfig]:
+    """The smallest settings with all parts, by codec: 8x8 latents, three levels."""
+    pixels = replace(
+        TINY,
+        source_encoder=replace(
+            TINY.source_encoder, image_size=(32, 32), width=16, depths=(1, 1, 1, 1), window_size=4
+        ),
+        prompt_decoder=replace(TINY.prompt_decoder, num_queries=4, depth=1, dim=32, num_heads=2),
+        appearance=replace(TINY.appearance, widths=(16, 16, 32), head_dim=16),
+        unet=replace(TINY.unet, channels=(32, 32, 64, 64), is_frozen=True),
+    )
+    codec = replace(TINY.codec, kind="vae", factor=2, channels=(16, 32), num_groups=8)
+    return {"pixels": pixels, "vae": replace(pixels, codec=codec)}
 
 
 @pytest.fixture

@@ -1,0 +1,343 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+
+from cfld.codec import build_codec
+from cfld.pipeline import CFLDPipeline, compatible_schedulers
+from cfld.pipeline_inputs import draw_poses, read_poses, read_sources
+from cfld.unet import is_up_cross_attention
+from preprocessing.figures import draw_figure
+
+FIRST, SECOND, THIRD = (draw_figure(0, image, size=(48, 32), seed=0) for image in range(3))
+NUM_STEPS = 3
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def generate(pipeline, image=FIRST.image, pose=SECOND.keypoints, **options):
+    options = {"num_inference_steps": NUM_STEPS, "output_type": "np"} | options
+    return pipeline(image, pose, **({"generator": generator()} | options)).images
+
+
+def difference(first, second):
+    return np.abs(np.asarray(first, np.float64) - np.asarray(second, np.float64)).max()
+
+
+@pytest.fixture(scope="module", params=["pixels", "vae"])
+def pipeline(request, micro, build):
+    config = micro[request.param]
+    model = build(config, stirred=True)
+    pipeline = CFLDPipeline.from_model(model, build_codec(config.codec, pretrained=False))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def pixels(micro, build):
+    config = micro["pixels"]
+    pipeline = CFLDPipeline.from_model(build(config, stirred=True), build_codec(config.codec))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load(folder, **options):
+    pipeline = CFLDPipeline.from_pretrained(folder, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+# diffusers' tests/pipelines/test_pipelines_common.py, with its tolerances
+
+
+def test_saved_and_loaded_it_generates_the_same(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    assert difference(generate(pipeline), generate(load(tmp_path))) < 5e-4
+    components = json.loads((tmp_path / "model_index.json").read_text())
+    assert components["_class_name"] == "CFLDPipeline"
+    folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert folders == {"conditioner", "scheduler", "unet", "vae"}
+    files = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {".json", ".safetensors"}
+    UNet2DConditionModel.from_pretrained(tmp_path / "unet")  # a plain one of diffusers
+
+
+def test_half_precision_survives_saving(pixels, tmp_path):
+    pixels.save_pretrained(tmp_path)
+    half = load(tmp_path, torch_dtype=torch.bfloat16)
+    assert {half.unet.dtype, half.conditioner.dtype, half.vae.dtype} == {torch.bfloat16}
+    half.save_pretrained(tmp_path / "half", variant="bf16")
+    assert list((tmp_path / "half").glob("unet/*.bf16.safetensors"))
+    again = load(tmp_path / "half", variant="bf16", torch_dtype=torch.bfloat16)
+    assert difference(generate(half), generate(again)) < 1e-2
+    assert difference(generate(half), generate(pixels)) < 5e-2
+
+
+def test_a_batch_equals_single_calls(pipeline):
+    images, poses = [FIRST.image, SECOND.image], [SECOND.keypoints, THIRD.keypoints]
+    batch = generate(pipeline, images, poses, generator=[generator(1), generator(2)])
+    for row, (image, pose, seed) in enumerate(zip(images, poses, (1, 2), strict=True)):
+        single = generate(pipeline, image, pose, generator=generator(seed))
+        assert difference(batch[row], single[0]) < 1e-4
+
+
+def test_several_poses_of_one_source_equal_single_calls(pixels):
+    poses = [SECOND.keypoints, THIRD.keypoints, FIRST.keypoints]
+    generators = [generator(seed) for seed in range(3)]
+    several = generate(pixels, pose=poses, generator=generators)
+    for row, pose in enumerate(poses):
+        single = generate(pixels, pose=pose, generator=generator(row))
+        assert difference(several[row], single[0]) < 1e-4
+
+
+def test_one_pose_serves_several_sources(pixels):
+    images = [FIRST.image, THIRD.image]
+    both = generate(pixels, images, generator=[generator(), generator()])
+    for row, image in enumerate(images):
+        assert difference(both[row], generate(pixels, image)[0]) < 1e-4
+
+
+def test_results_of_one_pair_lie_next_to_each_other(pixels):
+    poses = [SECOND.keypoints, THIRD.keypoints]
+    generators = [generator(seed) for seed in range(4)]
+    four = generate(pixels, pose=poses, num_images_per_prompt=2, generator=generators)
+    assert len(four) == 4
+    last = generate(pixels, pose=THIRD.keypoints, generator=generator(3))
+    assert difference(four[3], last[0]) < 1e-4
+
+
+def test_output_types_agree(pipeline):
+    as_np = generate(pipeline)
+    as_pt = generate(pipeline, output_type="pt")
+    as_pil = generate(pipeline, output_type="pil")
+    assert as_np.shape == (1, 48, 32, 3)
+    assert as_pt.shape == (1, 3, 48, 32)
+    assert difference(as_np, as_pt.permute(0, 2, 3, 1)) < 1e-4
+    assert difference(as_np, np.asarray(as_pil[0])[None] / 255) <= 0.5 / 255 + 1e-4
+    assert 0 <= as_np.min() < as_np.max() <= 1
+
+
+def test_latents_go_in_and_come_out(pixels):
+    settings = pixels.conditioner.settings
+    shape = (1, settings.codec.latent_channels, *settings.latent_size)
+    noise = torch.randn(shape, generator=generator())
+    ddim = DDIMScheduler.from_config(pixels.scheduler.config)
+    swapped = CFLDPipeline(**pixels.components | {"scheduler": ddim})
+    swapped.set_progress_bar_config(disable=True)
+    given = generate(swapped, latents=noise, output_type="latent")
+    assert given.shape == shape
+    assert difference(given, generate(swapped, output_type="latent")) == 0
+    assert (noise == torch.randn(shape, generator=generator())).all()
+
+
+def test_callback_sees_and_changes_every_step(pixels):
+    seen = []
+
+    def zero_at_the_end(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep)))
+        if step == NUM_STEPS - 1:
+            tensors["latents"] = torch.zeros_like(tensors["latents"])
+        return tensors
+
+    latents = generate(pixels, callback_on_step_end=zero_at_the_end, output_type="latent")
+    assert seen == list(enumerate(pixels.scheduler.timesteps.tolist()))
+    assert (latents == 0).all()
+
+
+def test_callback_can_interrupt(pixels):
+    steps = []
+
+    def stop(pipe, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = True
+        return tensors
+
+    generate(pixels, callback_on_step_end=stop)
+    assert steps == [0]
+    assert difference(generate(pixels), generate(pixels)) == 0  # the next call runs to the end
+
+
+def test_tuple_on_request(pixels):
+    options = {"num_inference_steps": 1, "output_type": "np", "return_dict": False}
+    (images,) = pixels(FIRST.image, SECOND.keypoints, **options)
+    assert images.shape == (1, 48, 32, 3)
+
+
+@pytest.mark.gpu
+def test_half_precision_and_offload_on_a_gpu(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    full = generate(load(tmp_path).to("cuda"))
+    half = generate(load(tmp_path, torch_dtype=torch.float16).to("cuda"))
+    assert difference(full, half) < 5e-2
+    offloaded = load(tmp_path)
+    offloaded.enable_model_cpu_offload()
+    for _ in range(2):
+        assert difference(full, generate(offloaded)) < 2e-4
+    assert {offloaded.unet.device.type, offloaded.conditioner.device.type} == {"cpu"}
+    sequential = load(tmp_path)
+    sequential.enable_sequential_cpu_offload()
+    assert difference(full, generate(sequential)) < 2e-4
+
+
+def test_offload_hooks_fit_the_calls(pixels, tmp_path):
+    pixels.save_pretrained(tmp_path)
+    offloaded = load(tmp_path)
+    offloaded.enable_model_cpu_offload(device="cpu")  # all of a GPU's hooks, without the moving
+    assert difference(generate(pixels), generate(offloaded)) < 2e-4
+
+
+# the method
+
+
+def test_sampling_equals_a_plain_formulation(pipeline, tmp_path):
+    """CFLD Eq. 4 by hooks on an untouched UNet of diffusers, Eq. 7 by three separate calls."""
+    pipeline.save_pretrained(tmp_path)
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    model = pipeline.to_model()
+    pose = read_poses(SECOND.keypoints, [(48, 32)])
+    source = read_sources([FIRST.image], model.config.source_encoder.image_size)
+    biases = []
+    layers = [layer for name, layer in unet.named_modules() if is_up_cross_attention(name)]
+    for index, layer in enumerate(layers):
+        layer.to_q.register_forward_hook(
+            lambda _, __, query, index=index: query + biases[index] if biases else query
+        )
+
+    def predict(latents, timestep, prompt, pose_residuals, appearance_biases):
+        biases[:] = appearance_biases
+        residuals = [residual.clone() for residual in pose_residuals] or None
+        return unet(
+            latents, timestep, prompt, down_intrablock_additional_residuals=residuals
+        ).sample
+
+    with torch.no_grad():
+        known = model.condition(source, draw_poses(pose, model.config.pose_map_size))
+        nothing = model.learnable_vector
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        scheduler.set_timesteps(NUM_STEPS)
+        random = generator()
+        shape = (1, unet.config.in_channels, *model.config.latent_size)
+        latents = torch.randn(shape, generator=random)
+        for timestep in scheduler.timesteps:
+            unguided = predict(latents, timestep, nothing, (), ())
+            posed = predict(latents, timestep, nothing, known.pose_residuals, ())
+            full = predict(
+                latents, timestep, known.prompt, known.pose_residuals, known.appearance_biases
+            )
+            predicted = unguided + 1.7 * (posed - unguided) + 2.3 * (full - posed)
+            latents = scheduler.step(predicted, timestep, latents, generator=random).prev_sample
+    scales = {"pose_guidance_scale": 1.7, "appearance_guidance_scale": 2.3}
+    ours = generate(pipeline, output_type="latent", **scales)
+    assert latents.std() > 0.05
+    torch.testing.assert_close(ours, latents, atol=1e-5, rtol=1e-5)
+    unbiased = generate(pipeline, output_type="latent", pose_guidance_scale=1.7)
+    assert difference(unbiased, latents) > 1e-3
+
+
+def test_conditioning_is_computed_once(pixels):
+    calls = {"source_encoder": [], "pose_adapter": [], "keys": [], "unet": []}
+
+    def count(name):
+        return lambda _, inputs: calls[name].append(len(inputs[0]))
+
+    keys = pixels.unet.up_blocks[1].attentions[0].transformer_blocks[0].attn2.to_k
+    conditioner = pixels.conditioner
+    hooks = [
+        conditioner.source_encoder.register_forward_pre_hook(count("source_encoder")),
+        conditioner.pose_adapter.register_forward_pre_hook(count("pose_adapter")),
+        keys.register_forward_pre_hook(count("keys")),
+        pixels.unet.register_forward_pre_hook(count("unet")),
+    ]
+    poses = [FIRST.keypoints, SECOND.keypoints, THIRD.keypoints]
+    generate(pixels, pose=poses, pose_guidance_scale=1.5)
+    for hook in hooks:
+        hook.remove()
+    assert calls["source_encoder"] == [1]
+    assert calls["pose_adapter"] == [3]
+    assert calls["keys"] == [9]
+    assert calls["unet"] == NUM_STEPS * [9]
+
+
+@pytest.mark.parametrize(
+    ("scales", "num_rows"), [((1.0, 1.0), 1), ((1.0, 2.0), 2), ((2.0, 1.0), 3), ((2.0, 2.0), 2)]
+)
+def test_each_term_of_the_guidance_is_one_row(pixels, scales, num_rows):
+    rows = []
+    hook = pixels.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    generate(pixels, pose_guidance_scale=scales[0], appearance_guidance_scale=scales[1])
+    hook.remove()
+    assert rows == NUM_STEPS * [num_rows]
+
+
+def test_inputs_are_left_alone(pixels):
+    image, keypoints = FIRST.image.copy(), SECOND.keypoints.copy()
+    before = dict(pixels.scheduler.config)
+    generate(pixels, image, keypoints)
+    np.testing.assert_array_equal(image, FIRST.image)
+    np.testing.assert_array_equal(keypoints, SECOND.keypoints)
+    assert dict(pixels.scheduler.config) == before
+
+
+@pytest.mark.parametrize("name", ["ddim", "eulerdiscrete", "dpmsolvermultistep", "unipcmultistep"])
+def test_schedulers_by_name(pixels, name):
+    scheduler = compatible_schedulers(pixels.scheduler)[name].from_config(pixels.scheduler.config)
+    swapped = CFLDPipeline(**pixels.components | {"scheduler": scheduler})
+    swapped.set_progress_bar_config(disable=True)
+    images = generate(swapped)
+    assert np.isfinite(images).all()
+    assert difference(images, generate(swapped)) == 0
+
+
+def test_model_to_pipeline_and_back(micro, build):
+    config = micro["pixels"]
+    model = build(config)
+    pipeline = CFLDPipeline.from_model(model, build_codec(config.codec))
+    again = pipeline.to_model()
+    assert again.config == config
+    before, after = dict(model.named_parameters()), dict(again.named_parameters())
+    assert all(before[name] is after[name] for name in before)
+    assert before.keys() == after.keys()
+    assert pipeline.scheduler is not model.scheduler
+
+
+def test_results_have_the_photos_size_or_the_wanted_one(pixels):
+    images = [Image.fromarray(FIRST.image).resize(size) for size in ((40, 60), (30, 50))]
+    options = {"pose_frame": (48, 32), "output_type": "pil", "generator": None}
+    assert [image.size for image in generate(pixels, images, **options)] == [(40, 60), (30, 50)]
+    wanted = generate(pixels, images, height=70, width=20, **options)
+    assert [image.size for image in wanted] == [(20, 70), (20, 70)]
+
+
+def test_a_pose_frame_scales_keypoints(pixels):
+    keypoints = SECOND.keypoints * np.float32([4, 4, 1])
+    assert (
+        difference(generate(pixels, pose=keypoints, pose_frame=(192, 128)), generate(pixels)) == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"height": 64}, "give both or neither"),
+        ({"height": 0, "width": 5}, "must be at least 1"),
+        ({"output_type": "jpg"}, "choose one of"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"has \['noise'\]; there are"),
+        ({"pose": [SECOND.keypoints] * 3, "image": [FIRST.image] * 2}, "2 images and 3 poses"),
+        ({"pose": []}, "1 images and 0 poses"),
+        ({"generator": [generator()] * 2}, "2 generators for 1 results"),
+        ({"latents": torch.zeros(1, 1, 8, 8)}, "latents have the shape"),
+        (
+            {"image": [FIRST.image, FIRST.image[:40]], "pose_frame": (48, 32)},
+            "do not fit one array: give height and width",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused(pixels, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(pixels, **options)
