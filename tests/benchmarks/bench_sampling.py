@@ -95,6 +95,7 @@ def measure(name: str, config: CFLDConfig) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # two threads that wait for a busy core measure its other work
     sys.stdout.write(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     for name, config in CONFIGS.items():
         measure(name, config)
