@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
+import mmap
+import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -127,24 +132,27 @@ class Loader:
         # The DataLoader has at most this many batches under way, so a buffer that comes round
         # again has been copied out.
         buffers = [self._shape.allocate() for _ in range(num_workers * ahead + 1)]
-        fillings = iter(
-            DataLoader(
-                _Fillings(self._filler, self._files, buffers),
-                batch_size=None,
-                sampler=self._tasks(len(buffers)),
-                collate_fn=_as_it_is,
-                num_workers=num_workers,
-                prefetch_factor=ahead if num_workers else None,
-                multiprocessing_context="fork" if num_workers else None,
-                generator=torch.Generator(),  # else it would draw from the trainer's
-                worker_init_fn=_outlive_sigterm,
+        with _ending_flag() as is_over, ThreadPoolExecutor(1, "take-batch") as thread:
+            fillings = iter(
+                DataLoader(
+                    _Fillings(self._filler, self._files, buffers),
+                    batch_size=None,
+                    sampler=self._tasks(len(buffers)),
+                    collate_fn=_as_it_is,
+                    num_workers=num_workers,
+                    prefetch_factor=ahead if num_workers else None,
+                    multiprocessing_context="fork" if num_workers else None,
+                    generator=torch.Generator(),  # else it would draw from the trainer's
+                    worker_init_fn=partial(_outlive_sigterm, is_over),
+                )
             )
-        )
-        # One batch is taken ahead, in a thread, so that the trainer does not wait for the copy.
-        with ThreadPoolExecutor(1, thread_name_prefix="take-batch") as thread:
+            # One batch is taken ahead, so that the trainer does not wait for the copy.
             following = thread.submit(_take_next, fillings, buffers)
             while True:
                 task, batch = following.result()
+                if isinstance(batch, ShardError):
+                    del fillings  # now: the error's traceback would keep the workers
+                    raise batch
                 following = thread.submit(_take_next, fillings, buffers)
                 self._position = self._after(task)
                 yield batch
@@ -186,18 +194,6 @@ class Loader:
                 + ". Undo these changes, or begin a new run from its weights"
             )
         self._position = (int(state["epoch"]), int(state["step"]))
-
-    def load_pairs(self, pairs: Sequence[int]) -> Batch:
-        """Load pairs of the table now and here, unmirrored: fixed ones, to be looked at."""
-        files = ShardFiles(self.table.shards, self._config.cache)
-        shape = replace(self._shape, num_pairs=len(pairs))
-        filler = BatchFiller(self.table, files, shape, flip=0.0, seed=0)
-        buffer = shape.allocate()
-        try:
-            filling = filler.fill(buffer, np.array(pairs, np.int64))
-        finally:
-            files.close()
-        return take_batch(buffer, filling, epoch=0, step=0)
 
     def pair_keys(self, draws: Int[Tensor, " pairs"]) -> list[tuple[str, str]]:
         """Return the keys of the source and the target image of each draw, for reports."""
@@ -272,6 +268,24 @@ class Loader:
             logger.warning("stored latents are not used: not all images of all sets have them")
 
 
+def load_pairs(table: PairTable, config: LoaderConfig, pairs: Sequence[int]) -> Batch:
+    """Load pairs of a table now and here, unmirrored and with all images: to be looked at."""
+    shape = BatchShape(
+        num_pairs=len(pairs),
+        image_size=config.image_size,
+        latent_shape=None,
+        pose_map_size=config.pose_map_size,
+    )
+    files = ShardFiles(table.shards, config.cache)
+    filler = BatchFiller(table, files, shape, flip=0.0, seed=0)
+    buffer = shape.allocate()
+    try:
+        filling = filler.fill(buffer, np.array(pairs, np.int64))
+    finally:
+        files.close()
+    return take_batch(buffer, filling, epoch=0, step=0)
+
+
 class _Fillings(Dataset[tuple[_Task, "Filling | ShardError"]]):
     """Fills the buffer that a task names; in a worker, a copy of it forked from the trainer."""
 
@@ -290,19 +304,38 @@ class _Fillings(Dataset[tuple[_Task, "Filling | ShardError"]]):
 
 def _take_next(
     fillings: Iterator[tuple[_Task, Filling | ShardError]], buffers: list[Buffer]
-) -> tuple[_Task, Batch]:
+) -> tuple[_Task, Batch | ShardError]:
     task, filling = next(fillings)
     if isinstance(filling, ShardError):
-        raise filling
+        return task, filling
     pin = torch.cuda.is_available()
     buffer = buffers[task.buffer]
     return task, take_batch(buffer, filling, epoch=task.epoch, step=task.step, pin=pin)
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """Let the trainer, which gets the same signal, finish its step; a worker ends with it."""
+@contextmanager
+def _ending_flag() -> Iterator[mmap.mmap]:
+    """A byte shared with workers: 1 when this ends, or the process does."""
+    flag = mmap.mmap(-1, 1)
+    end = partial(flag.__setitem__, 0, 1)
+    atexit.register(end)  # runs before multiprocessing ends its processes, registered earlier
+    try:
+        yield flag
+    finally:
+        end()
+        atexit.unregister(end)
+
+
+def _outlive_sigterm(is_over: mmap.mmap, worker: int) -> None:
+    """Let the trainer, which gets the same signal, finish its step; end when it wants no more."""
     del worker
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def end_if_over(signal_number: int, frame: FrameType | None) -> None:
+        del signal_number, frame
+        if is_over[0]:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, end_if_over)
 
 
 def _as_it_is(filled: Any) -> Any:
