@@ -22,9 +22,9 @@ from preprocessing.assembly import Ingredients, assemble
 from preprocessing.datasets import DATASETS
 from preprocessing.job_settings import JobSettings, SettingsError, with_published_files
 from preprocessing.keypoint_stage import (
+    FoundKeypoints,
     count_finished,
     estimate_keypoints,
-    join_keypoints,
     read_estimates,
 )
 from preprocessing.listing_stage import (
@@ -96,10 +96,11 @@ class _Job:
     def run(self) -> Manifest:
         with self.progress.stage("listing"):
             listing = PhotoListing.load(self.store) or _list(self.settings, self.store)
-        photos, keypoint_rejects = self._find_keypoints(listing)
+        photos = listing.photos
+        keypoints, keypoint_rejects = self._find_keypoints(listing)
         num_bytes = photos["estimated_bytes"].to_numpy()
         plan = list(plan_shards(photos, num_bytes, self.settings.shard_size_bytes))
-        self._make_shards(photos, plan)
+        self._make_shards(photos, keypoints, plan)
         with self.progress.stage("index and pairs"):
             ingredients = Ingredients(
                 dataset=self.settings.dataset,
@@ -110,8 +111,8 @@ class _Job:
             )
             return assemble(self.store, [shard.name for shard in plan], ingredients)
 
-    def _find_keypoints(self, listing: PhotoListing) -> tuple[pa.Table, pa.Table]:
-        """Return the photos with their keypoints, and the rejects of this stage."""
+    def _find_keypoints(self, listing: PhotoListing) -> tuple[FoundKeypoints, pa.Table]:
+        """Return what was found, and the rejects of this stage."""
         photos = listing.photos
         found, rejects = KEYPOINTS_SCHEMA.empty_table(), rejects_table(())
         missing = photos.filter(pc.is_null(photos["keypoints"])).combine_chunks()
@@ -126,8 +127,8 @@ class _Job:
         elif missing.num_rows:
             self._estimate(missing.select(["name", "path"]))
             found = read_estimates(self.store)
-        joined, bad = join_keypoints(photos, found)
-        return joined, pa.concat_tables([rejects, bad])
+        keypoints = FoundKeypoints.of(photos, found)
+        return keypoints, pa.concat_tables([rejects, keypoints.rejects(photos)])
 
     def _estimate(self, photos: pa.Table) -> None:
         finished = count_finished(photos.num_rows, self.store)
@@ -142,7 +143,9 @@ class _Job:
         with self.progress.stage("keypoints", photos.num_rows, finished) as bar:
             estimate_keypoints(photos, self.store, config, num_workers, bar.update)
 
-    def _make_shards(self, photos: pa.Table, plan: Sequence[PlannedShard]) -> None:
+    def _make_shards(
+        self, photos: pa.Table, keypoints: FoundKeypoints, plan: Sequence[PlannedShard]
+    ) -> None:
         pending = [shard for shard in plan if not self.store.exists(record_file(shard.name))]
         if not pending:
             return
@@ -150,7 +153,7 @@ class _Job:
         num_done = photos.num_rows - sum(shard.num_photos for shard in pending)
         with self.progress.stage("shards", photos.num_rows, num_done) as bar:
             running: dict[ray.ObjectRef, int] = {}
-            for task, num_photos in self._submit(photos, pending):
+            for task, num_photos in self._submit(photos, keypoints, pending):
                 running[task] = num_photos
                 if len(running) >= num_workers:
                     bar.update(_wait_for_one(running))
@@ -158,7 +161,7 @@ class _Job:
                 bar.update(_wait_for_one(running))
 
     def _submit(
-        self, photos: pa.Table, pending: Sequence[PlannedShard]
+        self, photos: pa.Table, keypoints: FoundKeypoints, pending: Sequence[PlannedShard]
     ) -> Iterator[tuple[ray.ObjectRef, int]]:
         """Start the task of each shard when the next is asked for; yield it and its size."""
         task = ray.remote(build_shard).options(
@@ -172,9 +175,9 @@ class _Job:
                 image_size=self.settings.image_size_of(shard.split),
                 jpeg_quality=self.settings.jpeg_quality,
             )
-            rows = photos.slice(shard.start, shard.num_photos)
-            rows = rows.filter(pc.is_null(rows["reason"])).select(PHOTO_SCHEMA.names)
-            yield task.remote(self.store, order, rows.combine_chunks()), shard.num_photos
+            rows = keypoints.join(photos, shard.start, shard.num_photos)
+            rows = rows.select(PHOTO_SCHEMA.names).combine_chunks()
+            yield task.remote(self.store, order, rows), shard.num_photos
 
 
 def _find_finished(store: Store, settings: JobSettings) -> Manifest | None:

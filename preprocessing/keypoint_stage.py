@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -112,30 +113,48 @@ class KeypointActor:
         return pa.table({"num_photos": [block.num_rows]})
 
 
-def join_keypoints(photos: pa.Table, found: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Add what was found to the photos, before what they bring; return them, and the rejects.
+@dataclass(frozen=True)
+class FoundKeypoints:
+    """What was found, and which of its rows belongs to each photo (null: none).
 
-    Rejected photos stay in the table, with their `reason`: the shard plan depends on the listing
-    alone.
+    It is joined to a few photos at a time: a copy for all of them would double the job's memory.
     """
-    rows = pc.index_in(photos["name"].combine_chunks(), found["name"].combine_chunks())
-    joined = photos
-    for field in KEYPOINTS_SCHEMA:
-        if field.name == "name":
-            continue
-        values = found[field.name].combine_chunks().take(rows)
-        if field.name == "keypoints":
-            values = pc.coalesce(values, photos["keypoints"].combine_chunks())
-            joined = joined.drop_columns(["keypoints"])
-        joined = joined.append_column(field, values)
-    bad = joined.filter(pc.is_valid(joined["reason"])).combine_chunks()
-    path, name, reason, detail = (
-        bad[column].combine_chunks() for column in ("path", "name", "reason", "detail")
-    )
-    rejects = rejects_of_columns(
-        "keypoints", reason, path, name=name, detail=detail, num_rows=bad.num_rows
-    )
-    return joined, rejects
+
+    table: pa.Table
+    rows: pa.Array
+
+    @classmethod
+    def of(cls, photos: pa.Table, table: pa.Table) -> FoundKeypoints:
+        """Match photos and keypoints by name."""
+        rows = pc.index_in(photos["name"].combine_chunks(), table["name"].combine_chunks())
+        return cls(table.combine_chunks(), rows)
+
+    def join(self, photos: pa.Table, start: int, num_photos: int) -> pa.Table:
+        """Return a slice of the photos with the columns of what was found, before what they bring.
+
+        Photos that were rejected are left out.
+        """
+        part = photos.slice(start, num_photos)
+        found = self.table.take(self.rows.slice(start, num_photos))
+        keypoints = pc.coalesce(found["keypoints"], part["keypoints"])
+        part = part.drop_columns(["keypoints"]).append_column("keypoints", keypoints)
+        for name in ("frame_height", "frame_width", "num_people"):
+            part = part.append_column(name, found[name])
+        return part.filter(pc.is_null(found["reason"]))
+
+    def rejects(self, photos: pa.Table) -> pa.Table:
+        """Return the rejects of photos that this stage could not read or decode."""
+        reasons = self.table["reason"].take(self.rows)
+        bad = photos.filter(pc.is_valid(reasons)).combine_chunks()
+        found = self.table.take(self.rows.filter(pc.is_valid(reasons).combine_chunks()))
+        return rejects_of_columns(
+            "keypoints",
+            found["reason"].combine_chunks(),
+            bad["path"].combine_chunks(),
+            name=bad["name"].combine_chunks(),
+            detail=found["detail"].combine_chunks(),
+            num_rows=bad.num_rows,
+        )
 
 
 def _pending(num_photos: int, store: Store) -> Iterator[tuple[int, int]]:

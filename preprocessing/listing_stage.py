@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from fsspec.core import url_to_fs
 
 from preprocessing.listing import Photo, Reject, to_text
+from preprocessing.published_keypoints import keep_first
 from preprocessing.rejects import rejects_of_columns, rejects_table
 from preprocessing.shard_plan import estimate_bytes, make_key, sample_groups
 from preprocessing.store import WORK_FOLDER, Store
@@ -91,8 +92,7 @@ def list_dataset(items: Iterable[Photo | Reject]) -> PhotoListing:
                 rows.append(_row(item))
         batches.append(pa.RecordBatch.from_pylist(rows, _SCHEMA))
     photos = pa.Table.from_batches(batches, _SCHEMA)
-    is_first = _is_first(photos["name"].combine_chunks())
-    repeated = photos.filter(pc.invert(is_first)).combine_chunks()
+    photos, repeated = keep_first(photos)
     duplicates = rejects_of_columns(
         "listing",
         "duplicate_name",
@@ -100,9 +100,8 @@ def list_dataset(items: Iterable[Photo | Reject]) -> PhotoListing:
         name=repeated["name"].combine_chunks(),
         num_rows=repeated.num_rows,
     )
-    photos = photos.filter(is_first)
     order = [(column, "ascending") for column in ("split", "person", "name")]
-    photos = photos.sort_by(order).combine_chunks()
+    photos = photos.sort_by(order)
     return PhotoListing(
         photos, pa.array([], pa.string()), pa.concat_tables([rejects_table(rejects), duplicates])
     )
@@ -136,12 +135,11 @@ def select_photos(
         selected = photos.filter(pc.is_in(photos["split"], pa.array(splits)))
     if limit is not None:
         selected = sample_groups(selected, limit, seed)
+    if selected.num_rows == photos.num_rows:
+        return listing
     is_left = pc.invert(pc.is_in(photos["name"], selected["name"]))
-    return PhotoListing(
-        selected.combine_chunks(),
-        photos["name"].filter(is_left).combine_chunks(),
-        listing.rejects,
-    )
+    unselected = photos["name"].filter(is_left).combine_chunks()
+    return PhotoListing(selected, unselected, listing.rejects)
 
 
 def with_size_estimates(
@@ -188,8 +186,3 @@ def _row(photo: Photo) -> dict[str, object]:
 def _is_text(photo: Photo) -> bool:
     """Whether path and name can be kept as UTF-8."""
     return all(to_text(value) == value for value in (photo.path, photo.name, photo.person))
-
-
-def _is_first(names: pa.Array) -> pa.Array:
-    """Tell which values have no equal before them."""
-    return pc.equal(pc.index_in(names, names), pa.array(np.arange(len(names)), pa.int32()))

@@ -42,35 +42,41 @@ def read_published(
     Raises:
         KeypointsError: If a file is in no known format.
     """
-    tables, rejects = [KEYPOINTS_SCHEMA.empty_table()], [rejects_table(())]
+    batches: list[pa.RecordBatch] = []
+    rejects = [rejects_table(())]
     lookup = _NameLookup(names)
     for path in paths:
         bad_rows: list[tuple[Reject, str | None]] = []
-        listed = pa.Table.from_batches(_read(path, frame, bad_rows), KEYPOINTS_SCHEMA)
-        found = lookup.find(listed["name"].combine_chunks())
-        is_unknown = pc.and_(
-            pc.is_null(found), pc.invert(pc.is_in(listed["name"], unselected).combine_chunks())
-        )
-        unknown = listed["name"].filter(is_unknown).combine_chunks()
-        rejects += [
-            rejects_table(bad_rows),
-            rejects_of_columns(
-                "keypoints", "no_such_image", path, detail=unknown, num_rows=len(unknown)
-            ),
-        ]
-        listed = listed.set_column(0, "name", found)
-        tables.append(listed.filter(pc.is_valid(found)))
-    table = pa.concat_tables(tables).combine_chunks()
-    is_first = pc.equal(
-        pc.index_in(table["name"], table["name"]), pa.array(np.arange(table.num_rows), pa.int32())
-    )
-    again = table["name"].filter(pc.invert(is_first)).combine_chunks()
+        for batch in _read(path, frame, bad_rows):
+            listed = batch["name"]
+            found = lookup.find(listed)
+            is_unknown = pc.and_(pc.is_null(found), pc.invert(pc.is_in(listed, unselected)))
+            unknown = listed.filter(is_unknown)
+            rejects.append(
+                rejects_of_columns(
+                    "keypoints", "no_such_image", path, detail=unknown, num_rows=len(unknown)
+                )
+            )
+            known = pa.RecordBatch.from_arrays([found, *batch.columns[1:]], schema=batch.schema)
+            batches.append(known.filter(pc.is_valid(found)))
+        rejects.append(rejects_table(bad_rows))
+    table, repeated = keep_first(pa.Table.from_batches(batches, KEYPOINTS_SCHEMA))
+    again = repeated["name"].combine_chunks()
     rejects.append(
         rejects_of_columns(
             "keypoints", "listed_twice", again, detail="the first entry counts", num_rows=len(again)
         )
     )
-    return table.filter(is_first), pa.concat_tables(rejects)
+    return table, pa.concat_tables(rejects)
+
+
+def keep_first(table: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Split rows by their column `name`: the first of each name, and the others."""
+    names = table["name"].combine_chunks()
+    is_first = pc.equal(pc.index_in(names, names), pa.array(np.arange(len(names)), pa.int32()))
+    if pc.all(is_first).as_py():
+        return table, table.slice(0, 0)  # nothing is copied
+    return table.filter(is_first), table.filter(pc.invert(is_first))
 
 
 class _NameLookup:
