@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.linalg
 from jaxtyping import Float, Float64
 
 _MERGE_SIZE = 512
@@ -98,14 +99,17 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
         TooFewImagesError: If a set holds fewer than two images.
     """
     delta = first.mean - second.mean
-    root_1, root_2 = _root(first.covariance), _root(second.covariance)
+    root_1, root_2 = _root(first), _root(second)
     root_trace = np.linalg.svd(root_1.T @ root_2, compute_uv=False).sum()
     traces = np.trace(first.covariance) + np.trace(second.covariance)
     return max(0.0, float(delta @ delta + traces - 2 * root_trace))
 
 
-def _root(covariance: Float64[np.ndarray, "dim dim"]) -> Float64[np.ndarray, "dim rank"]:
+def _root(statistics: FeatureStatistics) -> Float64[np.ndarray, "dim rank"]:
     """Return A with A A' = covariance, without the columns that are zero up to rounding."""
-    values, vectors = np.linalg.eigh(covariance)
-    is_kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
+    dim = len(statistics.mean)
+    lowest = max(0, dim - statistics.count + 1)  # the rank is at most count - 1
+    which = {"subset_by_index": (lowest, dim - 1)} if lowest else {"driver": "evd"}
+    values, vectors = scipy.linalg.eigh(statistics.covariance, **which)
+    is_kept = values > dim * np.finfo(np.float64).eps * values[-1]
     return vectors[:, is_kept] * np.sqrt(values[is_kept])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -18,23 +17,11 @@ import pyarrow.parquet as pq
 from cfld.images import encode_png
 from cfld.paper_tables import OURS, TABLE_OF_SIZE, compare, format_score, markdown_table
 from cfld.scoring import ImagePair, Pixels, ScoreSet
+from cfld.web_page import image_uri, make_page, make_table
 
 # By which score pairs are ranked: the first that is there; LPIPS is better when it is lower.
 RANKING = ("lpips", "ssim_paper", "ssim", "psnr")
 NUM_SHOWN = 4
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
-       color: #1c2430; background: #fff }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #d8dee6 }
-th:first-child, td:first-child { text-align: left }
-.pairs { display: flex; flex-wrap: wrap; gap: 1rem }
-figure { margin: 0; width: 16rem } figure img { width: 50% }
-figcaption { font-size: 12px; color: #566; overflow-wrap: anywhere }
-.note { background: #fff6dc; border-left: 4px solid #e0b040; padding: .4rem .8rem; margin: .5rem 0 }
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,31 +99,26 @@ def markdown_tables(evaluation: Evaluation) -> str:
 
 def html_report(evaluation: Evaluation, load_pair: Callable[[str], ImagePair]) -> str:
     """Return a self-contained page: scores, remarks, and the best, median and worst pairs."""
-    body = [f"<h1>{escape(evaluation.title)}</h1>"]
-    body += [f'<p class="note">{escape(remark)}</p>' for remark in _remarks(evaluation)]
-    body.append(_html_table(["Metric", "Value", "95 % interval"], _rows(evaluation)))
+    body = [f'<p class="note">{escape(remark)}</p>' for remark in _remarks(evaluation)]
+    body.append(make_table(["Metric", "Value", "95 % interval"], _rows(evaluation)))
     if table := TABLE_OF_SIZE.get(evaluation.size):
         body.append(f"<h2>{escape(table.title)}</h2>")
         lines = compare(table, {OURS: evaluation.means()}).replace("**", "").splitlines()
         header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-        body.append(_html_table(header, rows))
+        body.append(make_table(header, rows))
     ranking = next((name for name in RANKING if name in evaluation.scores.per_image), None)
     for title, names in _chosen_pairs(evaluation.scores, ranking).items():
         body.append(f"<h2>{title} pairs by {ranking} (generated, target)</h2>")
         figures = "".join(_figure(load_pair(name), evaluation.scores) for name in names)
         body.append(f'<div class="pairs">{figures}</div>')
     settings = [[name, str(value)] for name, value in evaluation.settings.items()]
-    body += ["<h2>Settings</h2>", _html_table(["Setting", "Value"], settings)]
-    title = escape(evaluation.title)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style><body>{''.join(body)}</body></html>\n"
-    )
+    body += ["<h2>Settings</h2>", make_table(["Setting", "Value"], settings)]
+    return make_page(evaluation.title, body)
 
 
 def data_uri(image: Pixels) -> str:
     """Return an image as a PNG inside a URI, for pages that need no other file."""
-    return f"data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}"
+    return image_uri(encode_png(image), "png")
 
 
 def _rows(evaluation: Evaluation) -> list[list[str]]:
@@ -202,11 +184,3 @@ def _figure(pair: ImagePair, scores: ScoreSet) -> str:
         for kind, image in (("generated", pair.generated), ("target", pair.target))
     )
     return f"<figure>{images}<figcaption>{escape(pair.name)}<br>{values}</figcaption></figure>"
-
-
-def _html_table(header: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"

@@ -25,6 +25,8 @@ KNOWN_PATTERNS = {
     "{source}_2_{target}": "this project",
 }
 
+_WITH_ALPHA = ("RGB with an opaque alpha channel", "transparent")
+
 
 class ResultError(ValueError):
     """A folder of generated images that cannot be scored as it is; the message lists names."""
@@ -138,11 +140,11 @@ def inspect_results(results: ResultFiles, panel: Panel) -> FileProblems:
     kinds = Counter(header.kind for header in found.values())
     return FileProblems(
         unreadable={names[p]: header.error for p, header in found.items() if header.error},
-        transparent=tuple(names[p] for p, header in found.items() if header.kind == "transparent"),
+        transparent=tuple(names[p] for p, header in found.items() if header.kind == _WITH_ALPHA[1]),
         sizes={size: tuple(each) for size, each in sizes.items()},
         notes=tuple(
             f"{kinds[kind]} generated images are {kind}; taken as RGB"
-            for kind in ("greyscale", "RGB with an opaque alpha channel")
+            for kind in ("greyscale", _WITH_ALPHA[0])
             if kinds[kind]
         ),
     )
@@ -169,11 +171,16 @@ def _inspect(path: Path) -> _Header:
             kind = "RGB"
             if image.has_transparency_data:
                 opaque = image.convert("RGBA").getchannel("A").getextrema() == (255, 255)
-                kind = "RGB with an opaque alpha channel" if opaque else "transparent"
+                kind = _WITH_ALPHA[0] if opaque else _WITH_ALPHA[1]
             elif image.mode in ("L", "1", "I", "I;16", "F"):
                 kind = "greyscale"
-            image.load()  # a truncated file is only noticed here
-            return _Header(image.height, image.width, kind)
+            header = _Header(image.height, image.width, kind)
+            # A truncated PNG fails its checksums; for other formats Pillow must decode to know.
+            if image.format == "PNG" and kind not in _WITH_ALPHA:
+                image.verify()
+            else:
+                image.load()
+            return header
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return _Header(0, 0, "unreadable", str(error) or type(error).__name__)
 

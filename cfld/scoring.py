@@ -119,6 +119,8 @@ def protocol_images(
 def protocol_target(photos: PhotoSource, name: str, size: tuple[int, int]) -> Pixels:
     """Read a photo at (height, width), resized with Pillow's bicubic as the authors do.
 
+    First across, then down: the order of every Pillow before 13, which sometimes swaps it.
+
     Raises:
         SourceError: If the photo can't be decoded.
     """
@@ -126,9 +128,8 @@ def protocol_target(photos: PhotoSource, name: str, size: tuple[int, int]) -> Pi
         photo = Image.fromarray(decode_image(photos.read(name)))
     except ImageError as error:
         raise SourceError(f"{photos.where}: photo {name}: {error}") from error
-    if photo.size != (size[1], size[0]):
-        photo = photo.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    return np.asarray(photo)
+    photo = photo.resize((size[1], photo.height), Image.Resampling.BICUBIC)
+    return np.asarray(photo.resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
 def score(
@@ -145,7 +146,7 @@ def score(
         ValueError: If there is no pair, or a metric does not suit the size.
     """
     names: list[str] = []
-    columns: dict[str, list[Tensor]] = {}
+    columns: dict[str, list[float]] = {}
     streams = {name: FeatureStream(FEATURE_DIM) for name in networks.inceptions}
     for batch in _batches(pairs, batch_size):
         generated = _to_device([pair.generated for pair in batch], networks.device)
@@ -154,7 +155,8 @@ def score(
         if networks.lpips is not None:
             values["lpips"] = networks.lpips(generated, target)
         for name, each in values.items():
-            columns.setdefault(name, []).append(each.double().cpu())
+            # Plain floats: small tensors kept between large freed ones would split the heap.
+            columns.setdefault(name, []).extend(each.tolist())
         for name, inception in networks.inceptions.items():
             streams[name].add(inception(generated).cpu().numpy())
         names += [pair.name for pair in batch]
@@ -164,7 +166,7 @@ def score(
         raise ValueError("there is no pair to score")
     return ScoreSet(
         names=tuple(names),
-        per_image={name: torch.cat(each).numpy() for name, each in columns.items()},
+        per_image={name: np.array(each) for name, each in columns.items()},
         features={name: stream.statistics() for name, stream in streams.items()},
         missing=networks.missing,
     )
