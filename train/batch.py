@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from cfld.images import ImageError, decode_image, resize_image
-from cfld.pose import POSE_MAP_SIZE, canvas_points, draw_skeleton
+from cfld.pose import NUM_JOINTS, POSE_MAP_SIZE, canvas_points, draw_skeleton
 from train.order import pairs_of
 from train.pairs import PairTable, Places
 from train.randomness import Stream, uniforms_for
@@ -45,9 +45,9 @@ class Batch:
     latents: Float16[Tensor, "samples moments latent_height latent_width"] | None
     num_sources: int
     pose_map_size: tuple[int, int]
-    # Drawn skeletons travel as their few bytes that are not black: a fifteenth of them all.
+    # Drawn skeletons travel as those of their 8-byte words that are not black, a tenth of all.
     skeleton_places: Int32[Tensor, " drawn"]
-    skeleton_values: UInt8[Tensor, " drawn"]
+    skeleton_words: Int64[Tensor, " drawn"]
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device; the copy of pinned memory does not block."""
@@ -73,12 +73,12 @@ class Batch:
     ) -> UInt8[Tensor, "samples {self.pose_map_size[0]} {self.pose_map_size[1]} 3"]:
         """Return the drawn skeleton of each sample."""
         canvas = torch.zeros(
-            len(self.points) * 3 * math.prod(self.pose_map_size),
-            dtype=torch.uint8,
+            len(self.points) * 3 * math.prod(self.pose_map_size) // 8,
+            dtype=torch.int64,
             device=self.points.device,
         )
-        canvas[self.skeleton_places.long()] = self.skeleton_values
-        return canvas.view(-1, *self.pose_map_size, 3)
+        canvas[self.skeleton_places.long()] = self.skeleton_words
+        return canvas.view(torch.uint8).view(-1, *self.pose_map_size, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +90,16 @@ class BatchShape:
     latent_shape: tuple[int, int, int] | None
     pose_map_size: tuple[int, int] = POSE_MAP_SIZE
 
+    def __post_init__(self) -> None:
+        if math.prod(self.pose_map_size) % 8:
+            raise ValueError(
+                f"pose_map_size is {list(self.pose_map_size)}; its sides must be multiples of 4"
+            )
+
     @property
-    def skeleton_bytes(self) -> int:
-        """Bytes of one drawn skeleton."""
-        return 3 * math.prod(self.pose_map_size)
+    def skeleton_words(self) -> int:
+        """8-byte words of one drawn skeleton."""
+        return 3 * math.prod(self.pose_map_size) // 8
 
     def allocate(self) -> Buffer:
         """Allocate memory for one batch that forked processes share.
@@ -105,8 +111,8 @@ class BatchShape:
         images = self.num_pairs if self.latent_shape else samples
         arrays: list[tuple[str, type, tuple[int, ...]]] = [
             ("images", np.uint8, (images, *self.image_size, 3)),
-            ("skeleton_places", np.int32, (samples * self.skeleton_bytes,)),
-            ("skeleton_values", np.uint8, (samples * self.skeleton_bytes,)),
+            ("skeleton_places", np.int32, (samples * self.skeleton_words,)),
+            ("skeleton_words", np.int64, (samples * self.skeleton_words,)),
         ]
         if self.latent_shape:
             arrays.append(("latents", np.float16, (samples, *self.latent_shape)))
@@ -157,19 +163,19 @@ class BatchFiller:
         place = {row: number for number, row in enumerate(rows.tolist())}
         used = {"images": len(sources) if self._shape.latent_shape else len(rows)}
         for number, row in enumerate(rows[: used["images"]].tolist()):
-            buffer["images"][number] = self._image(row)
+            self._decode(row, buffer["images"][number])
         if self._shape.latent_shape:
             used["latents"] = len(rows)
             for number, row in enumerate(rows.tolist()):
                 buffer["latents"][number] = self._latent(row)
-        used["skeleton_places"] = used["skeleton_values"] = self._draw(buffer, rows)
+        used["skeleton_places"] = used["skeleton_words"] = self._draw(buffer, rows)
         uniforms = uniforms_for(torch.from_numpy(draws), 1, seed=self._seed, stream=Stream.FLIP)
         arrays = {
             "draws": draws,
             "source": np.array([place[row] for row in table.source[pairs].tolist()], np.int64),
             "target": np.array([place[row] for row in table.target[pairs].tolist()], np.int64),
             "flips": (uniforms[:, 0] < self._flip).numpy(),
-            "points": np.stack([self._points(row) for row in rows.tolist()]),
+            "points": self._points(rows),
         }
         return Filling(
             arrays=arrays,
@@ -178,12 +184,13 @@ class BatchFiller:
             used=used,
         )
 
-    def _image(self, row: int) -> UInt8[np.ndarray, "height width 3"]:
+    def _decode(self, row: int, out: UInt8[np.ndarray, "height width 3"]) -> None:
         try:
-            image = decode_image(self._read(self._table.image, row))
+            image = decode_image(self._read(self._table.image, row), out=out)
         except ImageError as error:
             raise ShardError(f"image {self._name(row)} cannot be decoded: {error}") from error
-        return resize_image(image, self._shape.image_size)
+        if not np.may_share_memory(image, out):
+            out[:] = resize_image(image, self._shape.image_size)
 
     def _latent(self, row: int) -> Float16[np.ndarray, "moments height width"]:
         data = self._read(self._table.latent, row)
@@ -194,21 +201,28 @@ class BatchFiller:
         return np.frombuffer(data, np.float16, offset=len(header)).reshape(shape)
 
     def _draw(self, buffer: Buffer, rows: Int[np.ndarray, " samples"]) -> int:
-        """Draw the samples' skeletons as places and values of bytes; return how many."""
+        """Draw the samples' skeletons as places and values of words; return how many."""
         end = 0
         for number, row in enumerate(rows.tolist()):
             frame = (int(self._table.frame[row, 0]), int(self._table.frame[row, 1]))
             size = self._shape.pose_map_size
-            canvas = draw_skeleton(self._table.keypoints[row], frame, size).reshape(-1)
-            places = np.flatnonzero(canvas != 0)
+            canvas = draw_skeleton(self._table.keypoints[row], frame, size)
+            words = canvas.reshape(-1).view(np.int64)
+            places = np.flatnonzero(words != 0)  # four times as fast as of the words
             start, end = end, end + len(places)
-            buffer["skeleton_places"][start:end] = places + number * self._shape.skeleton_bytes
-            buffer["skeleton_values"][start:end] = canvas[places]
+            buffer["skeleton_places"][start:end] = places + number * self._shape.skeleton_words
+            buffer["skeleton_words"][start:end] = words[places]
         return end
 
-    def _points(self, row: int) -> Int[np.ndarray, "18 2"]:
-        frame = (int(self._table.frame[row, 0]), int(self._table.frame[row, 1]))
-        return canvas_points(self._table.keypoints[row], frame, self._shape.pose_map_size)
+    def _points(self, rows: Int[np.ndarray, " samples"]) -> Int[np.ndarray, "samples 18 2"]:
+        points = np.empty((len(rows), NUM_JOINTS, 2), np.int64)
+        keypoints, frames = self._table.keypoints[rows], self._table.frame[rows]
+        for height, width in set(map(tuple, frames.tolist())):
+            same = (frames == (height, width)).all(axis=1)
+            points[same] = canvas_points(
+                keypoints[same], (height, width), self._shape.pose_map_size
+            )
+        return points
 
     def _read(self, places: Places, row: int) -> bytes:
         shard = int(self._table.row_shard[row])

@@ -1,0 +1,91 @@
+"""From the loader's batch to the model's: floats on the device, pose maps, latents, draws."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from cfld.codec import Codec, VaeCodec
+from cfld.config import CFLDConfig
+from cfld.objective import Draws, TrainingBatch
+from cfld.pose import make_pose_maps
+from train.batch import Batch
+from train.randomness import Stream, noise_for, uniforms_for
+
+
+class BatchMaker:
+    """Makes training batches on a device; equal for equal (seed, draws), whatever the ranks."""
+
+    def __init__(
+        self,
+        config: CFLDConfig,
+        codec: Codec,
+        *,
+        seed: int,
+        device: torch.device,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        self._source_size = config.source_encoder.image_size
+        self._latent_shape = (config.codec.latent_channels, *config.latent_size)
+        self._codec = codec
+        self._seed = seed
+        self._device = device
+        self._memory_format = memory_format
+
+    def make(self, batch: Batch) -> TrainingBatch:
+        """Return the model's view of a batch: rows to the source poses, then to the targets'."""
+        batch = batch.to(self._device)
+        places = torch.cat([batch.source, batch.target])
+        pose_maps = make_pose_maps(batch.skeletons(), batch.points)
+        return TrainingBatch(
+            source=self._format(to_floats(batch.source_images(self._source_size))),
+            pose_maps=self._format(pose_maps[places]),
+            latents=self._format(self._latents(batch, places)),
+            draws=self._draws(batch.draws),
+        )
+
+    def _latents(
+        self, batch: Batch, places: Int[Tensor, " rows"]
+    ) -> Float[Tensor, "rows channels height width"]:
+        moments = batch.latents
+        if moments is None:
+            moments = self._codec.moments(to_floats(batch.images))
+        noise = None
+        if isinstance(self._codec, VaeCodec):  # the other codec has no use for it
+            noise = self._noise(batch.draws, Stream.POSTERIOR)
+        return self._codec.sample(moments[places], noise=noise)
+
+    def _draws(self, draws: Int[Tensor, " pairs"]) -> Draws:
+        timesteps, dropout = (
+            rearrange(uniforms_for(draws, 2, seed=self._seed, stream=stream), "b two -> (two b)")
+            for stream in (Stream.TIMESTEP, Stream.DROPOUT)
+        )
+        noise = self._format(self._noise(draws, Stream.NOISE))
+        return Draws(noise=noise, timesteps=timesteps, dropout=dropout)
+
+    def _noise(
+        self, draws: Int[Tensor, " pairs"], stream: Stream
+    ) -> Float[Tensor, "rows channels height width"]:
+        noise = noise_for(draws, (2, *self._latent_shape), seed=self._seed, stream=stream)
+        return rearrange(noise, "b two c h w -> (two b) c h w")
+
+    def _format(self, tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return tensor.contiguous(memory_format=self._memory_format)
+
+
+def to_floats(images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 _ _"]:
+    """Return images as the model takes them: channels first, in [-1, 1]."""
+    return rearrange(images, "b h w c -> b c h w").to(torch.float32) / 127.5 - 1
+
+
+def seed_layers(seed: int, batch: Batch) -> None:
+    """Seed what layers draw by themselves (stochastic depth in S) by the batch they see.
+
+    A resumed run draws the same again. These draws belong to a micro-batch, not to a pair: with
+    `drop_path` the loss is exactly reproducible only for the same split into micro-batches.
+    """
+    key = np.random.SeedSequence((seed, int(batch.draws[0])))
+    torch.manual_seed(int(key.generate_state(1)[0]))
