@@ -33,11 +33,14 @@ class ImageError(ValueError):
         return type(self), (self.reason, self.detail)
 
 
-def decode_image(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
+def decode_image(
+    data: bytes, *, out: UInt8[np.ndarray, "_ _ 3"] | None = None
+) -> UInt8[np.ndarray, "height width 3"]:
     """Decode an encoded image to RGB, upright as its EXIF orientation says.
 
     Greyscale, CMYK, palette and 16-bit images are converted, transparency is laid over white, and
-    an animation gives its first frame. A plain JPEG bypasses Pillow.
+    an animation gives its first frame. A plain JPEG bypasses Pillow, and is decoded into the memory
+    of `out` if it has its size.
 
     Raises:
         ImageError: With reason `empty`, `not_an_image`, `truncated` or `decompression_bomb`.
@@ -45,7 +48,7 @@ def decode_image(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
     if not data:
         raise ImageError("empty", "the file has no bytes")
     if _is_plain_jpeg(data):
-        return _decode_plain_jpeg(data)
+        return _decode_plain_jpeg(data, out)
     return np.asarray(_to_rgb(_load(_open(data))))
 
 
@@ -115,9 +118,13 @@ def _is_plain_jpeg(data: bytes) -> bool:
     return colorspace == "YCbCr" and height * width <= MAX_PIXELS
 
 
-def _decode_plain_jpeg(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
+def _decode_plain_jpeg(
+    data: bytes, out: UInt8[np.ndarray, "_ _ 3"] | None
+) -> UInt8[np.ndarray, "height width 3"]:
+    if out is not None and simplejpeg.decode_jpeg_header(data)[:2] != out.shape[:2]:
+        out = None
     try:
-        return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+        return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, buffer=out)
     except ValueError as error:
         raise ImageError("truncated", str(error)) from None
 

@@ -122,3 +122,14 @@ def test_jpeg_is_the_same_bytes_each_time_and_keeps_colour(photo):
 
 def test_size_limit_is_pillows_own():
     assert images.MAX_PIXELS == Image.MAX_IMAGE_PIXELS * 2
+
+
+def test_jpeg_is_decoded_into_memory_of_its_size() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (40, 24, 3), dtype=np.uint8)
+    data = encode_jpeg(image)
+    memory, other = np.zeros_like(image), np.zeros((24, 40, 3), np.uint8)
+    assert np.shares_memory(decode_image(data, out=memory), memory)
+    np.testing.assert_array_equal(memory, decode_image(data))
+    np.testing.assert_array_equal(decode_image(data, out=other), memory)
+    np.testing.assert_array_equal(decode_image(encode_png(image), out=memory), image)
+    assert not other.any()
