@@ -37,6 +37,24 @@ class Conditioner(ModelMixin, ConfigMixin):
         conditioner._take(parts)
         return conditioner
 
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Conditioner:
+        """Load a folder as diffusers does, but refuse one that lacks weights or holds others.
+
+        Raises:
+            ValueError: Naming the first of the tensors that are missing or unexpected.
+        """
+        # By default weights begin on the meta device, where timm's Swin would leave its masks.
+        options |= {"low_cpu_mem_usage": False, "output_loading_info": True}
+        conditioner, found = super().from_pretrained(*arguments, **options)
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if found[problem]:
+                names = sorted(map(str, found[problem]))
+                raise ValueError(
+                    f"{arguments[0]}: {len(names)} {problem.replace('_', ' ')}, such as {names[0]}"
+                )
+        return conditioner
+
     @property
     def settings(self) -> CFLDConfig:
         """The settings of CFLD."""

@@ -99,7 +99,7 @@ def load_pipeline(weights: str, *, device: str, dtype: str, scheduler: str | Non
         dtype = "fp16" if device.startswith("cuda") else "fp32"
     try:
         pipeline = CFLDPipeline.from_pretrained(
-            weights, torch_dtype=_DTYPES[dtype], use_safetensors=True, local_files_only=True
+            weights, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise WeightsError(f"{weights}: cannot be loaded: {error}") from error
@@ -108,7 +108,7 @@ def load_pipeline(weights: str, *, device: str, dtype: str, scheduler: str | Non
         if scheduler not in choices:
             raise WeightsError(f"--scheduler {scheduler}: choose one of {', '.join(choices)}")
         pipeline.scheduler = choices[scheduler].from_config(pipeline.scheduler.config)
-    return pipeline.to(device)
+    return pipeline.to(device, _DTYPES[dtype])
 
 
 def _generate_one(inputs: Inputs, options: argparse.Namespace, sampling: Sampling) -> int:

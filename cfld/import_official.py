@@ -19,7 +19,7 @@ from torch import Tensor
 from cfld.codec import Codec, VaeCodec, build_codec
 from cfld.config import CFLDConfig
 from cfld.config_file import ConfigError, load_config
-from cfld.model import CFLD
+from cfld.model import CFLD, build_conditioning_parts
 from cfld.official import our_name
 from cfld.pipeline import CFLDPipeline
 
@@ -92,8 +92,10 @@ def import_model(
     shared = sorted(conditioning.keys() & unet.keys())
     if shared:
         raise CheckpointError(f"both files hold {_listed(shared, 'tensors of the same name')}")
-    with init_empty_weights():  # the buffers, which no file holds, are computed
-        model = CFLD(config, pretrained=False)
+    # Not S, whose masks no file holds: timm computes them where the weights are.
+    parts = build_conditioning_parts(config, pretrained=False)
+    with init_empty_weights():
+        model = CFLD(config, pretrained=False, parts=parts)
     tensors = rename_tensors(config, {**conditioning, **unet}, model.state_dict())
     model.load_state_dict(tensors, assign=True)
     return model

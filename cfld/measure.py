@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, UntypedStorage, nn
+from torch._ops import OpOverload
 from torch.autograd import Variable
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,8 @@ def measure(computation: Callable[[], Tensor], module: nn.Module, *, backward: b
 
     The module's gradients count towards the peak as they appear; none are left behind.
     """
-    memory = _PeakMemory([*module.parameters(), *module.buffers()])
-    flops = FlopCounterMode(display=False)
-    with torch.set_grad_enabled(backward), _FusedAttention(), flops, memory:
+    meter = _Meter([*module.parameters(), *module.buffers()])
+    with torch.set_grad_enabled(backward), _FusedAttention(), meter:
         result = computation()
         if backward:
             # result.backward() would pass through _FusedAttention and so suspend it, but what is
@@ -53,22 +53,27 @@ def measure(computation: Callable[[], Tensor], module: nn.Module, *, backward: b
                 accumulate_grad=True,
             )
     module.zero_grad(set_to_none=True)
-    return Cost(peak_bytes=memory.peak_bytes, flops=flops.get_total_flops())
+    return Cost(peak_bytes=meter.peak_bytes, flops=meter.flops)
 
 
-class _PeakMemory(TorchDispatchMode):
-    """Adds up the storages that operations return, until Python's last tensor lets go of them."""
+class _Meter(TorchDispatchMode):
+    """Adds up operations, and the storages they return until the last tensor lets go of them."""
 
     def __init__(self, uncounted: list[Tensor]) -> None:
         super().__init__()
         self.live_bytes = 0
         self.peak_bytes = 0
+        self.flops = 0
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in uncounted}
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        operations = flop_registry.get(func._overloadpacket)
+        if operations is not None:
+            self.flops += operations(*args, **kwargs, out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())

@@ -1,6 +1,5 @@
 """Small models and batches that the tests of the network share, and random metric networks."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +59,7 @@ def micro() -> dict[str, CFLDConfig]:
     pixels = replace(
         TINY,
         source_encoder=replace(
-            TINY.source_encoder, image_size=(32, 32), width=16, depths=(1, 1, 1, 1), window_size=4
+            TINY.source_encoder, image_size=(32, 32), width=16, depths=(2, 1, 1, 1), window_size=4
         ),
         prompt_decoder=replace(TINY.prompt_decoder, num_queries=4, depth=1, dim=32, num_heads=2),
         appearance=replace(TINY.appearance, widths=(16, 16, 32), head_dim=16),
@@ -107,13 +106,3 @@ def metric_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         torch.save(state, folder / WEIGHTS_URLS[name].rpartition("/")[2])
     return folder
-
-
-@pytest.fixture(scope="session")
-def chromium() -> str:
-    """The path of an installed Chromium; skips without one."""
-    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-    path = next(filter(None, found), None)
-    if path is None:
-        pytest.skip("no Chromium is installed")
-    return path

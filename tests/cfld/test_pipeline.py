@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from cfld.codec import build_codec
 from cfld.pipeline import CFLDPipeline, compatible_schedulers
@@ -65,6 +66,16 @@ def test_saved_and_loaded_it_generates_the_same(pipeline, tmp_path):
     files = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {".json", ".safetensors"}
     UNet2DConditionModel.from_pretrained(tmp_path / "unet")  # a plain one of diffusers
+
+
+def test_weights_that_lack_a_tensor_are_refused(pixels, tmp_path):
+    pixels.save_pretrained(tmp_path)
+    file = tmp_path / "conditioner" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["learnable_vector"]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="1 missing keys, such as learnable_vector"):
+        load(tmp_path)
 
 
 def test_half_precision_survives_saving(pixels, tmp_path):
