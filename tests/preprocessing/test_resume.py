@@ -30,11 +30,12 @@ from preprocessing.listing_stage import list_dataset
 from preprocessing.store import OutputError, Store
 
 SHARD_SIZE = "0.2"
+IMAGE_SIZE = ("1200", "1200")  # large, so that there is time to kill a shard that is being written
 
 
 def command(root: Path, output: Path, *options: str) -> list[str]:
     words = ["--dataset", "synthetic", "--root", str(root), "--output", str(output)]
-    return [*words, "--shard-size", SHARD_SIZE, *options]
+    return [*words, "--shard-size", SHARD_SIZE, "--image-size", *IMAGE_SIZE, *options]
 
 
 def start(root: Path, output: Path, log: Path) -> subprocess.Popen[bytes]:
@@ -84,13 +85,20 @@ def kill_and_restart(
     """Kill the whole process group at random points, `num_kills` times, then let it finish."""
     rng = random.Random(seed)
     output, log = folder / "out", folder / "log"
-    for _ in range(num_kills):
+    while num_kills:
         target = num_records(output) + rng.choice([-1, 0, 0, 1])
         process = start(root, output, log)
         wait_until(process, lambda target=target: num_records(output) > target)
         wait_a_little(process, rng.uniform(0, 0.3))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            num_kills -= 1
+        else:  # it was finished before; begin anew
+            assert process.returncode == 0, log.read_text()
+            assert files_of(output) == unbroken
+            shutil.rmtree(output)
+            continue
         for name, data in files_of(output).items():
             assert data == unbroken[name], f"{name} is not what it will be"
     assert main(command(root, output)) == 0
@@ -134,7 +142,8 @@ def test_settings_of_an_unfinished_job_are_kept_to(
         dataset="synthetic", root=str(drawn_root), output=str(tmp_path), limit=3, pairs={}
     )
     Store.open(str(tmp_path)).write_bytes(SETTINGS_FILE, json.dumps(settings.record()).encode())
-    assert main(command(drawn_root, tmp_path, "--shard-size", "64", "--limit", "4")) == 2
+    words = ["--dataset", "synthetic", "--root", str(drawn_root), "--output", str(tmp_path)]
+    assert main([*words, "--limit", "4"]) == 2
     assert "settings.json: made with limit = 3, now it is 4" in caplog.text
 
 
@@ -219,10 +228,10 @@ def text_of(found: pa.Table) -> str:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 400 kB."""
+    """A disk of 1.2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder)]
     try:
         subprocess.run(mount, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
