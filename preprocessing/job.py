@@ -22,6 +22,7 @@ from preprocessing.assembly import Ingredients, assemble
 from preprocessing.datasets import DATASETS
 from preprocessing.job_settings import JobSettings, SettingsError, with_published_files
 from preprocessing.keypoint_stage import (
+    PARTS_FOLDER,
     FoundKeypoints,
     count_finished,
     estimate_keypoints,
@@ -39,7 +40,13 @@ from preprocessing.published_keypoints import KEYPOINTS_SCHEMA, read_published
 from preprocessing.ray_session import ray_session
 from preprocessing.rejects import rejects_table
 from preprocessing.shard_plan import PlannedShard, plan_shards
-from preprocessing.shard_stage import PHOTO_SCHEMA, ShardOrder, build_shard, record_file
+from preprocessing.shard_stage import (
+    PHOTO_SCHEMA,
+    RECORDS_FOLDER,
+    ShardOrder,
+    build_shard,
+    record_file,
+)
 from preprocessing.store import WORK_FOLDER, Store
 from shards.format import MANIFEST_FILE, FormatError, Manifest
 
@@ -68,9 +75,9 @@ def run_job(
         SettingsError: If input or settings cannot be used, or the output was made with others.
         OutputError: If the output cannot be written; what is finished is kept.
     """
+    store = Store.open(settings.output)
     try:
         settings = with_published_files(settings)
-        store = Store.open(settings.output)
         if (manifest := _find_finished(store, settings)) is not None:
             store.remove_work()
             return JobResult(manifest=manifest, seconds={})
@@ -79,6 +86,8 @@ def run_job(
             job = _Job(settings, store, Progress(), start_ray)
             manifest = job.run()
     except (FileNotFoundError, FormatError, KeypointsError, PoseNetworkError) as error:
+        if not (store.names(PARTS_FOLDER) or store.names(RECORDS_FOLDER)):
+            store.remove_work()  # work has not started: other settings may be tried
         raise SettingsError(str(error)) from error
     store.remove_work()
     return JobResult(manifest=manifest, seconds=job.progress.seconds)
@@ -210,7 +219,10 @@ def _require_same(wanted: Mapping[str, Any], found: Mapping[str, Any], where: st
 
 
 def _list(settings: JobSettings, store: Store) -> PhotoListing:
-    listing = list_dataset(DATASETS[settings.dataset].list_photos(settings.root))
+    try:
+        listing = list_dataset(DATASETS[settings.dataset].list_photos(settings.root))
+    except ValueError as error:  # a table or list that cannot be used; it names itself
+        raise SettingsError(str(error)) from error
     try:
         listing = select_photos(
             listing, splits=settings.splits, limit=settings.limit, seed=settings.seed

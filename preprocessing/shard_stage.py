@@ -31,7 +31,10 @@ from shards.format import (
     member_name,
 )
 
+RECORDS_FOLDER = f"{WORK_FOLDER}/shards"
+
 SHOULDERS_AND_HIPS = (2, 5, 8, 11)
+_FINE_COLOUR_BELOW = 256
 
 # A photo as this stage needs it. Keypoints refer to a frame (height, width), null: the photo's own.
 PHOTO_SCHEMA = pa.schema(
@@ -107,12 +110,12 @@ def build_shard(store: Store, order: ShardOrder, photos: pa.Table) -> int:
 
 def record_file(shard: str) -> str:
     """Return where a finished shard's index rows are kept until all shards are finished."""
-    return f"{WORK_FOLDER}/shards/{shard}.parquet"
+    return f"{RECORDS_FOLDER}/{shard}.parquet"
 
 
 def rejects_file(shard: str) -> str:
     """Return where a finished shard's rejects are kept until all shards are finished."""
-    return f"{WORK_FOLDER}/shards/{shard}.rejects.parquet"
+    return f"{RECORDS_FOLDER}/{shard}.rejects.parquet"
 
 
 def shard_of_record(record: pa.Table) -> ShardFile:
@@ -132,7 +135,9 @@ def store_image(data: Future[bytes], order: ShardOrder) -> StoredImage:
     if order.image_size is None:
         return StoredImage(encoded, _extension(encoded), (height, width), (height, width))
     image = resize_image(photo, order.image_size)
-    jpeg = encode_jpeg(image, order.jpeg_quality)
+    # In a small picture halved colour would blur what is only a few pixels wide.
+    subsampling: Subsampling = "444" if max(order.image_size) < _FINE_COLOUR_BELOW else "420"
+    jpeg = encode_jpeg(image, order.jpeg_quality, subsampling)
     return StoredImage(jpeg, "jpg", order.image_size, (height, width))
 
 

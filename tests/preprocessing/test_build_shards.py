@@ -395,6 +395,20 @@ def test_wrong_usage_is_told_before_work_starts(
     assert not list(tmp_path.glob("o/*.tar"))
 
 
+def test_settings_may_be_corrected_before_work_starts(
+    drawn_root: Path, build: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["--dataset", "folder", "--root", str(drawn_root / "train"), "--output", str(tmp_path)]
+    assert main([*words, "--pose-network", "nowhere.onnx"]) == 2
+    assert "nowhere.onnx" in caplog.records[-1].getMessage()
+    assert "Traceback" not in caplog.text
+    keypoints = tmp_path / "keypoints.csv"
+    write_patn_csv(keypoints, [("0000000/00.png", keypoints_of(STANDING))])
+    options = ["--keypoints", keypoints, "--image-size", 32, 24]
+    shards = build("folder", drawn_root / "train", tmp_path, *options)
+    assert shards.manifest.rejects == {"no_keypoints": 17, "single_image": 1}
+
+
 def test_a_root_without_photos_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "photos" / "somebody").mkdir(parents=True)
     (tmp_path / "photos" / "somebody" / "notes.txt").write_text("no photo")
@@ -402,6 +416,16 @@ def test_a_root_without_photos_is_told(tmp_path: Path, caplog: pytest.LogCapture
     assert main([*words, "--output", str(tmp_path / "o")]) == 2
     assert "no photo was found in the root" in caplog.text
     assert "(1 files were left out)" in caplog.text
+
+
+def test_a_table_without_its_columns_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "photos.csv").write_text("picture,who\na.jpg,anna\n")
+    words = ["--dataset", "table", "--root", str(tmp_path / "photos.csv")]
+    assert main([*words, "--output", str(tmp_path / "o")]) == 2
+    assert caplog.text.count("photos.csv") == 1
+    assert "its columns are picture, who" in caplog.text
 
 
 def test_a_split_that_cannot_name_a_file_is_told() -> None:
