@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import cv2
@@ -35,7 +36,7 @@ _GAUSSIAN /= _GAUSSIAN.sum()
 _TO_SAMPLE_COVARIANCE = 51**2 / (51**2 - 1)
 
 # Window means of planes, only where the window lies inside the image.
-_WindowMeans = Callable[[Any, np.ndarray], Any]
+_WindowMeans = Callable[..., Any]
 
 
 def psnr(generated: Images, target: Images) -> PerImage:
@@ -122,33 +123,40 @@ def _pair_metrics(x: Any, y: Any, names: Collection[str], means: _WindowMeans) -
     if set(names) <= {"psnr"}:
         return values
     centre = (x + y).mean((2, 3), keepdims=True) / 2
-    x, y = x - centre, y - centre
-    planes = (x, y, x * x + y * y, x * y)
     if "ssim_paper" in names:
-        moments = [means(plane, _UNIFORM) for plane in planes]
-        values["ssim_paper"] = _average(_ssim_map(moments, centre, 1.0, _TO_SAMPLE_COVARIANCE))
+        moments = _moments(x, y, centre, partial(means, window=_UNIFORM), _TO_SAMPLE_COVARIANCE)
+        values["ssim_paper"] = _average(_ssim_map(moments, 1.0))
     if "ssim" in names or "ssim_256" in names:
-        moments = [means(plane, _GAUSSIAN) for plane in planes]
+        moments = _moments(x, y, centre, partial(means, window=_GAUSSIAN), 1.0)
         if "ssim" in names:
-            values["ssim"] = _average(_ssim_map(moments, centre, 1.0, 1.0))
+            values["ssim"] = _average(_ssim_map(moments, 1.0))
         if "ssim_256" in names:
-            x = x + centre
             data_range = _highest(x) - _highest(x, -1)
             data_range[data_range == 0] = np.nan
-            values["ssim_256"] = _average(_ssim_map(moments, centre, data_range, 1.0))
+            values["ssim_256"] = _average(_ssim_map(moments, data_range))
     return values
 
 
-def _ssim_map(moments: list[Any], centre: Any, data_range: Any, to_covariance: float) -> Any:
-    """Return SSIM at each place of the window; `moments` are means of x, y, x² + y² and xy."""
-    mean_x, mean_y, square, product = moments
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    # Equal images give exactly 1 thanks to the brackets.
-    variances = to_covariance * (square - (mean_x * mean_x + mean_y * mean_y))
-    covariance = to_covariance * (product - mean_x * mean_y)
+def _moments(
+    x: Any, y: Any, centre: Any, means: Callable[[Any], Any], to_covariance: float
+) -> tuple[Any, ...]:
+    """Return 2 mx my, mx² + my², 2 cov(x, y) and var x + var y at each place of a window.
+
+    The brackets see to it that equal images have equal moments, hence an SSIM of exactly 1.
+    """
+    x, y = x - centre, y - centre
+    mean_x, mean_y = means(x), means(y)
+    covariances = (2 * to_covariance) * (means(x * y) - mean_x * mean_y)
+    squares = mean_x * mean_x + mean_y * mean_y
+    variances = to_covariance * (means(x * x + y * y) - squares)
     mean_x, mean_y = mean_x + centre, mean_y + centre
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
-    return luminance * ((2 * covariance + c2) / (variances + c2))
+    return 2 * mean_x * mean_y, mean_x * mean_x + mean_y * mean_y, covariances, variances
+
+
+def _ssim_map(moments: tuple[Any, ...], data_range: Any) -> Any:
+    product, squares, covariances, variances = moments
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    return (product + c1) / (squares + c1) * ((covariances + c2) / (variances + c2))
 
 
 def _window_means_on_device(planes: Tensor, window: np.ndarray) -> Tensor:
