@@ -14,7 +14,13 @@ import pyarrow as pa
 from jaxtyping import Float32
 from PIL import Image
 
-from cfld.images import ImageError, decode_image, encode_jpeg, resize_image
+from cfld.images import (
+    ImageError,
+    Subsampling,
+    decode_image,
+    encode_jpeg,
+    resize_image,
+)
 from cfld.pose import draw_skeleton, is_found
 from preprocessing.drawing_png import encode_drawing
 from preprocessing.listing import Reject
