@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m preprocessing.build_shards",
-        description=__doc__,
+        usage="%(prog)s --dataset NAME --root ROOT --output OUTPUT [options]",
+        description="Make WebDataset shards, an index and pairs of a folder of person photos.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -81,7 +82,9 @@ def _make_parser() -> argparse.ArgumentParser:
     selection.add_argument("--seed", type=int, default=0, help="which persons (default: 0)")
     keypoints = parser.add_argument_group("keypoints and pairs (default: what lies in the root)")
     keypoints.add_argument(
-        "--pose-network", metavar="FILE", help="OpenPose weights (.pth), a hub repository or ONNX"
+        "--pose-network",
+        metavar="FILE",
+        help="ONNX, or OpenPose's weights: .pth or a hub repository (default: controlnet-aux's)",
     )
     keypoints.add_argument(
         "--keypoints", nargs="+", default=[], metavar="FILE", help="PATN csv, OpenPose or COCO JSON"

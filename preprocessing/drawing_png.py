@@ -23,7 +23,7 @@ def encode_drawing(image: UInt8[np.ndarray, "height width 3"]) -> bytes:
     rows = np.zeros((height, 1 + 3 * width), np.uint8)  # each row begins with its filter: 0, none
     rows[:, 1:] = image.reshape(height, -1)
     header = struct.pack(">II5B", width, height, *_RGB_8_BIT)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, _LEVEL)), (b"IEND", b""))
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), _LEVEL)), (b"IEND", b""))
     return _SIGNATURE + b"".join(_chunk(kind, content) for kind, content in chunks)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -18,15 +19,17 @@ from ray.util.annotations import RayDeprecationWarning
 
 from cfld.images import ImageError, decode_image
 from cfld.pose_network import PoseEstimator, PoseEstimatorConfig
-from preprocessing.photo_reader import read_ahead
+from preprocessing.photo_reader import PhotoStoreError, read_ahead
 from preprocessing.published_keypoints import KEYPOINTS_SCHEMA
 from preprocessing.rejects import rejects_of_columns
-from preprocessing.store import WORK_FOLDER, Store
+from preprocessing.store import WORK_FOLDER, OutputError, Store
 
 PARTS_FOLDER = f"{WORK_FOLDER}/keypoints"
 
 # What is lost with an actor, and what it holds decoded at once.
 NUM_BLOCK = 64
+
+_ANSWER_SCHEMA = pa.schema([("num_photos", pa.int64()), ("failure", pa.binary())])
 
 # A dead actor is started again, wherever there is room, and its block given to another meanwhile.
 # A photo that kills every actor it meets must not do so for ever.
@@ -53,8 +56,8 @@ def estimate_keypoints(
     ]
     if not blocks:
         return
-    has_gpu = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
-    num_actors = int(ray.cluster_resources()["GPU"]) if has_gpu else num_workers
+    # An ONNX network runs on the CPU, whatever there is.
+    num_gpus = 0 if config.network.lower().endswith(".onnx") else _count_gpus()
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports its plan at every start
     with warnings.catch_warnings():
         # Ray means to give these arguments names of their own; until it has, this is the way.
@@ -65,13 +68,15 @@ def estimate_keypoints(
             fn_constructor_args=(store, config),
             batch_size=None,  # a block
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(blocks))),
+            compute=ray.data.ActorPoolStrategy(size=min(num_gpus or num_workers, len(blocks))),
             num_cpus=1,
-            num_gpus=1 if has_gpu else None,
+            num_gpus=1 if num_gpus else None,
             max_restarts=_MAX_RESTARTS,
             max_task_retries=_MAX_TASK_RETRIES,
         )
     for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for failure in batch["failure"].drop_null().to_pylist():
+            raise pickle.loads(failure)
         advance(pc.sum(batch["num_photos"]).as_py())
 
 
@@ -95,7 +100,19 @@ class KeypointActor:
         self._estimator = PoseEstimator(config)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Process a block; processing it again leaves the same file."""
+        """Process a block; processing it again leaves the same file.
+
+        Failures of the output or of the photos' store are returned: raised here they would reach
+        the job as some error of Ray.
+        """
+        failure = None
+        try:
+            self._process(block)
+        except (OutputError, PhotoStoreError) as error:
+            failure = pickle.dumps(error)
+        return pa.table([[block.num_rows], [failure]], schema=_ANSWER_SCHEMA)
+
+    def _process(self, block: pa.Table) -> None:
         photos = [_decode(data) for data in read_ahead(block["path"].to_pylist())]
         images = [photo for photo in photos if not isinstance(photo, ImageError)]
         poses = iter(self._estimator.estimate(images))
@@ -107,10 +124,8 @@ class KeypointActor:
                 pose = next(poses)
                 keypoints = pose.keypoints.ravel()
                 rows.append({"name": name, "keypoints": keypoints, "num_people": pose.num_people})
-        self._store.write_table(
-            f"{PARTS_FOLDER}/{block['part'][0]}", pa.Table.from_pylist(rows, KEYPOINTS_SCHEMA)
-        )
-        return pa.table({"num_photos": [block.num_rows]})
+        part = f"{PARTS_FOLDER}/{block['part'][0]}"
+        self._store.write_table(part, pa.Table.from_pylist(rows, KEYPOINTS_SCHEMA))
 
 
 @dataclass(frozen=True)
@@ -155,6 +170,10 @@ class FoundKeypoints:
             detail=found["detail"].combine_chunks(),
             num_rows=bad.num_rows,
         )
+
+
+def _count_gpus() -> int:
+    return int(ray.cluster_resources().get("GPU", 0))
 
 
 def _pending(num_photos: int, store: Store) -> Iterator[tuple[int, int]]:

@@ -222,6 +222,16 @@ def test_finished_blocks_are_not_done_again(
     assert done == [2]
 
 
+def test_keypoints_that_cannot_be_written_are_told(
+    config: PoseEstimatorConfig, drawn_root: Path, ray_workers: int, tmp_path: Path
+) -> None:
+    (tmp_path / "_work").mkdir()
+    (tmp_path / PARTS_FOLDER).write_text("a file where a folder is needed")
+    photos, store = photos_of(drawn_root).slice(0, 2), Store.open(str(tmp_path))
+    with pytest.raises(OutputError, match=r"parquet could not be written: File exists"):
+        estimate_keypoints(photos, store, config, 1, lambda _: None)
+
+
 def text_of(found: pa.Table) -> str:
     return str(found.to_pylist())  # NaN is not equal to itself
 
