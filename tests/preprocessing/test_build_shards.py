@@ -4,7 +4,12 @@ import hashlib
 import io
 import json
 import os
+import signal
+import socket
+import subprocess
+import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -495,3 +500,40 @@ def test_a_network_finds_the_keypoints(shared_dir: Path, build: Any, tmp_path: P
     assert (rejects["broken.jpg"]["stage"], rejects["broken.jpg"]["is_stored"]) == (
         "keypoints", False,
     )  # fmt: skip
+
+
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """The address of a Ray cluster of its own processes, as a user would start one."""
+    ports = [free_port(), free_port()]
+    words = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
+    words += [f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}", "--num-cpus=2"]
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # short: sockets have long names
+        words += ["--include-dashboard=false", f"--temp-dir={folder}"]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert process.stdout is not None
+        try:
+            assert any("Ray runtime started" in line for line in process.stdout)
+            yield f"127.0.0.1:{ports[0]}"
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_a_running_cluster_makes_the_same_shards(
+    cluster: str, drawn_root: Path, drawn_shards: ShardSet, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "preprocessing.build_shards", "--dataset", "synthetic"]
+    command += ["--root", str(drawn_root), "--output", str(tmp_path / "out")]
+    command += ["--shard-size", "0.05", "--ray-address", cluster]
+    # From elsewhere: nothing of the working directory is needed, or sent.
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert files_of(tmp_path / "out") == files_of(Path(drawn_shards.root))
