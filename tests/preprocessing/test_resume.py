@@ -67,7 +67,8 @@ def wait_a_little(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+    paths = sorted(folder.iterdir()) if folder.exists() else []
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 @pytest.fixture(scope="module")
