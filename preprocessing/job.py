@@ -20,7 +20,12 @@ from cfld.openpose import PoseNetworkError
 from cfld.pose_network import PoseEstimator, PoseEstimatorConfig
 from preprocessing.assembly import Ingredients, assemble
 from preprocessing.datasets import DATASETS
-from preprocessing.job_settings import JobSettings, SettingsError, with_published_files
+from preprocessing.job_settings import (
+    JobSettings,
+    SettingsError,
+    require_access,
+    with_published_files,
+)
 from preprocessing.keypoint_stage import (
     PARTS_FOLDER,
     FoundKeypoints,
@@ -75,6 +80,8 @@ def run_job(
         SettingsError: If input or settings cannot be used, or the output was made with others.
         OutputError: If the output cannot be written; what is finished is kept.
     """
+    for url in (settings.root, settings.output):
+        require_access(url)
     store = Store.open(settings.output)
     try:
         settings = with_published_files(settings)

@@ -76,6 +76,22 @@ class JobSettings:
         return {name: _as_json(value) for name, value in record.items()}
 
 
+def require_access(url: str) -> None:
+    """Try whether a store can be asked at all, whether or not there is anything yet.
+
+    Raises:
+        SettingsError: If it cannot: an unknown protocol, a package or credentials that are missing.
+    """
+    try:
+        fs, path = url_to_fs(url)
+        fs.exists(path)
+    except Exception as error:  # each kind of store has its own
+        raise SettingsError(
+            f"{url}: cannot be reached ({type(error).__name__}: {error}); check the address, the "
+            "credentials, and that the package for this kind of store is installed"
+        ) from error
+
+
 def with_published_files(settings: JobSettings) -> JobSettings:
     """Fill in the published keypoints and pairs that lie in the root, unless others were asked for.
 

@@ -389,6 +389,11 @@ def test_listed_names_that_were_not_asked_for_are_no_rejects(
         (["--keypoints", __file__], "neither a csv with the header"),
         (["--dataset", "deepfashion"], "missing"),
         (["--root", "/nowhere"], "/nowhere"),
+        (
+            ["--root", "nowhere://photos"],
+            "nowhere://photos: cannot be reached (ValueError: Protocol",
+        ),
+        (["--output", "nowhere://out"], "nowhere://out: cannot be reached (ValueError: Protocol"),
     ],
 )
 def test_wrong_usage_is_told_before_work_starts(
