@@ -20,7 +20,7 @@ from cfld.measure import Cost, measure
 from cfld.model import CFLD
 from cfld.objective import Draws, TrainingBatch
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("cfld.describe")  # run as a command, __name__ is another
 
 # CFLD Table 1: millions of trainable parameters.
 PAPER_MILLIONS = {

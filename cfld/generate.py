@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from cfld.openpose import PoseNetworkError
 from cfld.pipeline import CFLDPipeline, compatible_schedulers
 from cfld.pose_network import PoseEstimatorConfig
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("cfld.generate")  # run as a command, __name__ is another
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _EXAMPLE = """\
@@ -98,9 +99,12 @@ def load_pipeline(weights: str, *, device: str, dtype: str, scheduler: str | Non
     if dtype == "auto":
         dtype = "fp16" if device.startswith("cuda") else "fp32"
     try:
-        pipeline = CFLDPipeline.from_pretrained(
-            weights, use_safetensors=True, local_files_only=True
-        )
+        with warnings.catch_warnings():
+            # Later versions of diffusers call it dtype.
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            pipeline = CFLDPipeline.from_pretrained(
+                weights, torch_dtype=_DTYPES[dtype], use_safetensors=True, local_files_only=True
+            )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise WeightsError(f"{weights}: cannot be loaded: {error}") from error
     if scheduler is not None:
@@ -108,7 +112,7 @@ def load_pipeline(weights: str, *, device: str, dtype: str, scheduler: str | Non
         if scheduler not in choices:
             raise WeightsError(f"--scheduler {scheduler}: choose one of {', '.join(choices)}")
         pipeline.scheduler = choices[scheduler].from_config(pipeline.scheduler.config)
-    return pipeline.to(device, _DTYPES[dtype])
+    return pipeline.to(device)
 
 
 def _generate_one(inputs: Inputs, options: argparse.Namespace, sampling: Sampling) -> int:
@@ -191,9 +195,7 @@ def _make_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--steps", type=_positive, default=50, metavar="N")
     sampling.add_argument("--pose-scale", type=float, default=2.0, metavar="W")
     sampling.add_argument("--appearance-scale", type=float, default=2.0, metavar="W")
-    sampling.add_argument(
-        "--scheduler", metavar="NAME", help="such as ddim (default: the weights')"
-    )
+    sampling.add_argument("--scheduler", metavar="NAME", help="such as ddim (default: as saved)")
     sampling.add_argument("--seed", type=int, default=0, help="row i of a table has seed + i")
     sampling.add_argument(
         "--size",

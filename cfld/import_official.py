@@ -23,7 +23,7 @@ from cfld.model import CFLD, build_conditioning_parts
 from cfld.official import our_name
 from cfld.pipeline import CFLDPipeline
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("cfld.import_official")  # run as a command, __name__ is another
 
 NUM_NAMES_SHOWN = 10
 _EXAMPLE = """\

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cfld.codec import build_codec
+from cfld.images import resize_image
+from cfld.objective import TrainingBatch, draw_rows
 from cfld.pipeline import CFLDPipeline, compatible_schedulers
-from cfld.pipeline_inputs import draw_poses, read_poses, read_sources
+from cfld.pipeline_inputs import FramedPose, draw_poses, read_poses, read_sources
 from cfld.unet import is_up_cross_attention
 from preprocessing.figures import draw_figure
 
@@ -352,3 +355,34 @@ def test_a_pose_frame_scales_keypoints(pixels):
 def test_wrong_arguments_are_refused(pixels, options, message):
     with pytest.raises(ValueError, match=message):
         generate(pixels, **options)
+
+
+@pytest.mark.slow
+def test_a_model_that_knows_one_pair_reproduces_it(micro, build, tmp_path):
+    """From training through saving to the picture: channel order, ranges, poses and sizes."""
+    config = replace(micro["pixels"], unet=replace(micro["pixels"].unet, is_frozen=False))
+    model, codec = build(config).train(), build_codec(config.codec)
+    figures = [FIRST, SECOND]
+    poses = [FramedPose(figure.keypoints, (48, 32)) for figure in figures]
+    images = read_sources([figure.image for figure in figures], config.image_size)
+    source, pose_maps = images[:1], draw_poses(poses, config.pose_map_size)
+    rows = {"source": source, "pose_maps": pose_maps, "latents": codec.encode(images)}
+    rows = {name: tensor.repeat_interleave(4, dim=0) for name, tensor in rows.items()}
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=400)
+    random = generator()
+    for _ in range(400):
+        draws = draw_rows([random] * 4, rows["latents"].shape[1:])
+        optimizer.zero_grad()
+        model(TrainingBatch(**rows, draws=draws)).mean.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        decay.step()
+    CFLDPipeline.from_model(model.eval(), codec).save_pretrained(tmp_path)
+    options = {"num_inference_steps": 10, "height": 32, "width": 32, "pose_guidance_scale": 1.0}
+    options |= {"appearance_guidance_scale": 1.0, "output_type": "pil"}
+    found = generate(load(tmp_path), pose=[figure.keypoints for figure in figures], **options)
+    targets = [resize_image(figure.image, (32, 32)).astype(float) for figure in figures]
+    assert np.abs(targets[0] - targets[1]).mean() > 40
+    for image, target in zip(found, targets, strict=True):
+        assert np.abs(np.asarray(image) - target).mean() < 12
