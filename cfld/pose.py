@@ -68,21 +68,29 @@ def draw_skeleton(
     frame: tuple[int, int],
     size: tuple[int, int] = POSE_MAP_SIZE,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Draw the RGB skeleton on black: 17 bones, then 18 joints, all anti-aliased.
+    """Draw the RGB skeleton of keypoints that refer to a frame of (height, width)."""
+    return draw_bones(canvas_points(keypoints, frame, size), size)
 
-    `frame` is the (height, width) that the keypoints refer to. A bone needs both of its joints.
-    Equal to the authors' drawing to the bit, so that their checkpoints understand it.
+
+def draw_bones(
+    points: Int[np.ndarray, "18 2"], size: tuple[int, int] = POSE_MAP_SIZE
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Draw the RGB skeleton of canvas points: 17 bones, then 18 joints, all anti-aliased, on black.
+
+    A bone needs both of its joints. Equal to the authors' drawing to the bit, so that their
+    checkpoints understand it.
     """
     thickness = max(1, round(BONE_THICKNESS_PX * size[0] / POSE_MAP_SIZE[0]))
     radius = max(1, round(JOINT_RADIUS_PX * size[0] / POSE_MAP_SIZE[0]))
-    points = [(int(x), int(y)) for x, y in canvas_points(keypoints, frame, size)]
-    found = is_found(keypoints)
+    places = points.tolist()
+    found = [x != _NOWHERE for x, _ in places]
     canvas = np.zeros((*size, 3), dtype=np.uint8)
     for (start, end), color in zip(BONES, BONE_COLORS, strict=False):
         if found[start] and found[end]:
-            cv2.line(canvas, points[start], points[end], color, thickness, cv2.LINE_AA)
-    for joint in np.flatnonzero(found):
-        cv2.circle(canvas, points[joint], radius, JOINT_COLORS[joint], -1, cv2.LINE_AA)
+            cv2.line(canvas, places[start], places[end], color, thickness, cv2.LINE_AA)
+    for joint, place in enumerate(places):
+        if found[joint]:
+            cv2.circle(canvas, place, radius, JOINT_COLORS[joint], -1, cv2.LINE_AA)
     return canvas
 
 

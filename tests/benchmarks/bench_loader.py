@@ -5,15 +5,16 @@ python tests/benchmarks/bench_loader.py [FOLDER]     drawn photos and shards are
 
 import io
 import itertools
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import median
 
 import numpy as np
+import psutil
 import torch
 import webdataset
 from PIL import Image
@@ -32,7 +33,7 @@ from train.pairs import PairTable, SetConfig, read_pairs
 from train.shard_cache import CacheConfig, ShardFiles
 
 PHOTO, PERSONS, VIEWS, BATCH, NUM_ROUNDS = (1101, 750), 150, 4, 16, 5
-SMALL_PERSONS, NUM_PHOTOS = 500, 60
+SMALL_PERSONS, NUM_PHOTOS, NUM_WARM_UP = 500, 60, 6
 STEP_PAIRS, STEP_S, NUM_STEPS = 48, 48 / 150, 40
 
 JOINT_X = (50, 50, 41, 38, 37, 59, 62, 63, 45, 44, 44, 55, 56, 56, 48, 52, 46, 54)
@@ -104,41 +105,60 @@ def our_batches(
     return iter(Loader(table, order, config, micro_batch=pairs))
 
 
-def pairs_per_s(batches: Iterator, num: int, num_ahead: int = 6) -> float:
+@dataclass(frozen=True)
+class Speed:
+    """Of one run: by the clock, and CPU time of the workers (of this process without any)."""
+
+    pairs_per_s: float
+    cpu_ms: float
+
+
+def measure(batches: Iterator, num: int, num_warm_up: int = NUM_WARM_UP) -> Speed:
     """Steady speed: batches that workers had ready before the clock started do not count."""
-    for _ in itertools.islice(batches, num_ahead):
+    for _ in itertools.islice(batches, num_warm_up):
         pass
-    start = time.perf_counter()
+    processes = psutil.Process().children() or [psutil.Process()]
+    start, cpu_s = time.perf_counter(), cpu_seconds(processes)
     for _ in itertools.islice(batches, num):
         pass
-    return num * BATCH / (time.perf_counter() - start)
+    pairs = num * BATCH
+    return Speed(
+        pairs / (time.perf_counter() - start), (cpu_seconds(processes) - cpu_s) / pairs * 1e3
+    )
+
+
+def cpu_seconds(processes: list[psutil.Process]) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 def compare_loaders(photos: list[bytes], table: PairTable) -> None:
-    contenders: dict[str, Callable[[], float]] = {
-        "per pair, 1 worker": lambda: pairs_per_s(per_pair_batches(photos, table, 1), 4, 3),
-        "ours, 1 worker": lambda: pairs_per_s(our_batches(table, 1), 100),
-        "ours, 2 workers": lambda: pairs_per_s(our_batches(table, 2), 160),
-        "ours in a thread": lambda: pairs_per_s(our_batches(table, 0), 100),
-        "ours with latents, 1 worker": lambda: pairs_per_s(
+    contenders: dict[str, Callable[[], Speed]] = {
+        "per pair, 1 worker": lambda: measure(per_pair_batches(photos, table, 1), 4, 3),
+        "ours, 1 worker": lambda: measure(our_batches(table, 1), 100),
+        "ours, 2 workers": lambda: measure(our_batches(table, 2), 160),
+        "ours in a thread": lambda: measure(our_batches(table, 0), 100),
+        "ours with latents, 1 worker": lambda: measure(
             our_batches(table, 1, use_latents=True), 160
         ),
     }
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    runs: dict[str, list[Speed]] = {name: [] for name in contenders}
     for _ in range(NUM_ROUNDS):
         for name, run in contenders.items():
-            speeds[name].append(run())
-    base = speeds["per pair, 1 worker"]
-    for name, values in speeds.items():
-        ratio = statistics.median(value / b for value, b in zip(values, base, strict=True))
+            runs[name].append(run())
+    base = runs["per pair, 1 worker"]
+    for name, speeds in runs.items():
+        values = [speed.pairs_per_s for speed in speeds]
+        both = list(zip(speeds, base, strict=True))
         sys.stdout.write(
-            f"{name}: {statistics.median(values):.1f} pairs/s "
-            f"({min(values):.1f}-{max(values):.1f}), x {ratio:.1f}\n"
+            f"{name}: {median(values):.1f} pairs/s ({min(values):.1f}-{max(values):.1f}), "
+            f"x {median(speed.pairs_per_s / other.pairs_per_s for speed, other in both):.1f}; "
+            f"CPU {median(speed.cpu_ms for speed in speeds):.2f} ms a pair, "
+            f"x {median(other.cpu_ms / speed.cpu_ms for speed, other in both):.1f}\n"
         )
-    two = statistics.median(
-        b / a for a, b in zip(speeds["ours, 1 worker"], speeds["ours, 2 workers"], strict=True)
+    two = zip(runs["ours, 1 worker"], runs["ours, 2 workers"], strict=True)
+    sys.stdout.write(
+        f"two workers against one: x {median(b.pairs_per_s / a.pairs_per_s for a, b in two):.2f}\n"
     )
-    sys.stdout.write(f"two workers against one: x {two:.2f}\n")
 
 
 def megabytes_per_pair(batches: Iterator) -> float:
@@ -150,8 +170,12 @@ def megabytes_per_pair(batches: Iterator) -> float:
 
 
 def wait_share(batches: Iterator) -> float:
-    """Part of the time that a trainer waits whose steps last as long as at 150 pairs/s."""
-    next(batches)
+    """Part of the time that a trainer waits whose steps last as long as at 150 pairs/s.
+
+    The first batches, for which workers start and first shards are fetched, do not count.
+    """
+    for _ in itertools.islice(batches, NUM_WARM_UP):
+        pass
     waited = 0.0
     start = time.perf_counter()
     for _ in range(NUM_STEPS):
@@ -178,7 +202,7 @@ def stream_from_far(folder: Path) -> None:
         share = wait_share(iter(Loader(table, order, config, micro_batch=STEP_PAIRS)))
     sys.stdout.write(
         f"data wait from nginx, cache of 5 of {len(table.shards)} shards of "
-        f"{shard_bytes / 1e6:.1f} MB: {share:.2%} of the time after the first batch\n"
+        f"{shard_bytes / 1e6:.1f} MB: {share:.2%} of the time\n"
     )
 
 
@@ -209,10 +233,8 @@ def compare_small_reads(folder: Path) -> None:
         return time.perf_counter() - start
 
     rounds = [(by_place(), streamed()) for _ in range(NUM_ROUNDS)]
-    ours, theirs = (
-        statistics.median(column) / len(order) * 1e6 for column in zip(*rounds, strict=True)
-    )
-    ratio = statistics.median(b / a for a, b in rounds)
+    ours, theirs = (median(column) / len(order) * 1e6 for column in zip(*rounds, strict=True))
+    ratio = median(b / a for a, b in rounds)
     sys.stdout.write(
         f"a sample of 64x128: by place {ours:.1f} us, webdataset {theirs:.1f} us, x {ratio:.1f}\n"
     )
@@ -243,7 +265,7 @@ def main(folder: Path) -> None:
         shares = [wait_share(our_batches(table, 2, STEP_PAIRS, use_latents)) for _ in range(3)]
         sys.stdout.write(
             f"data wait at 150 pairs/s, 2 workers, {'with' if use_latents else 'without'} latents: "
-            f"{statistics.median(shares):.2%} of the time\n"
+            f"{median(shares):.2%} of the time\n"
         )
     if has_nginx():
         stream_from_far(folder / "large")
