@@ -1,6 +1,7 @@
 """Fixtures that several test folders share."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,3 +16,13 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real photos and networks at {folder} (set CFLD_SHARED to their folder)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of an installed Chromium; skips without one."""
+    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    path = next(filter(None, found), None)
+    if path is None:
+        pytest.skip("no Chromium is installed")
+    return path
