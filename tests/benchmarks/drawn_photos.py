@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 
 from cfld.images import encode_jpeg
-from preprocessing.figures import draw_figure
+from preprocessing.figures import draw_figure, pose_figure
+from preprocessing.shard_stage import SHOULDERS_AND_HIPS
 
 DRAWN_PX = 275  # drawn at a quarter of the size, then enlarged
 
@@ -47,10 +48,19 @@ def write_photos(folder: Path, names: Sequence[str], photos: Sequence[bytes]) ->
 
 
 def keypoint_rows(names: Iterable[str], frame: tuple[int, int]) -> Iterator[str]:
-    """Rows of a PATN csv, all 18 joints found."""
+    """Rows of a PATN csv: poses of drawn persons who stand whole in the frame."""
     yield "name:keypoints_y:keypoints_x\n"
-    rng = np.random.default_rng(0)
-    poses = rng.integers(1, min(frame), (100, 2, 18)).tolist()
+    poses = [p for p in (whole_pose(number, frame) for number in range(600)) if p is not None]
     for number, name in enumerate(names):
-        y, x = poses[number % 100]
+        x, y = poses[number % len(poses)]
         yield f"{name}: {y}: {x}\n"
+
+
+def whole_pose(number: int, frame: tuple[int, int]) -> tuple[list[int], list[int]] | None:
+    """x and y of a pose, -1 where a joint is missing; None unless shoulders and hips are there."""
+    keypoints, _ = pose_figure(number // 6, number % 6, size=frame, seed=0)
+    is_there = np.isfinite(keypoints[:, 0])
+    if not is_there[list(SHOULDERS_AND_HIPS)].all():
+        return None
+    x, y = np.where(is_there, keypoints[:, :2].T, -1).astype(int).tolist()
+    return x, y
