@@ -154,7 +154,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 

@@ -29,6 +29,7 @@ from train.pairs import read_pairs
 from train.plan import make_plan
 from train.processes import (
     Ranks,
+    has_lost_peer,
     is_first_process,
     num_processes,
     start_processes,
@@ -51,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _configure_logging()
     try:
         config = load_train_config(options.config, options.set)
-        if options.plan:
-            sys.stdout.write(make_plan(config, num_processes(), options.deepspeed_config))
+        if options.plan is not None:
+            if is_first_process():
+                sys.stdout.write(make_plan(config, options.plan, options.deepspeed_config))
             return 0
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         check_precision(config.engine, device)
@@ -65,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (ShardError, TooManySkippedError) as error:
         logger.error("%s", error)
+        return 1
+    except RuntimeError as error:
+        if not has_lost_peer(error):
+            raise
+        logger.error("another rank is gone, so this one ends too; see what that rank said")
         return 1
     finally:
         stop_processes()
@@ -145,7 +152,12 @@ def _make_parser() -> argparse.ArgumentParser:
         help="overrides",
     )
     parser.add_argument(
-        "--plan", action="store_true", help="say what would run, its memory and time, and stop"
+        "--plan",
+        type=int,
+        nargs="?",
+        const=num_processes(),
+        metavar="RANKS",
+        help="say what would run on so many ranks, its memory and time, and stop",
     )
     parser.add_argument(
         "--deepspeed_config",

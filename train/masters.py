@@ -53,6 +53,11 @@ class Masters:
         if self._stage in (1, 2):
             engine.optimizer._lazy_init_hp_params_optimizer_state()
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Numbers in each parameter, whole."""
+        return {name: getattr(p, "ds_numel", p.numel()) for name, p in self.parameters.items()}
+
     def read(self, name: str, kind: str = WEIGHTS) -> Tensor:
         """Return the whole master weight of a parameter, or one of its moments, in fp32."""
         parameter = self.parameters[name]

@@ -55,6 +55,13 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def has_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process ended."""
+    return num_processes() > 1 and any(
+        sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer")
+    )
+
+
 def start_processes() -> Ranks:
     """Connect to the other processes of the run."""
     rank, num_ranks = int(os.environ.get("RANK", "0")), num_processes()

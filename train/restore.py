@@ -82,6 +82,11 @@ def scaler_state(engine: DeepSpeedEngine) -> dict[str, float]:
     return {field: getattr(scaler, field) for field in _SCALER_FIELDS if hasattr(scaler, field)}
 
 
+def loss_scale(engine: DeepSpeedEngine) -> float:
+    """Return what the loss is multiplied by before the backward; 1 without a loss scaler."""
+    return float(scaler_state(engine).get("cur_scale", 1.0))
+
+
 def _scaler(engine: DeepSpeedEngine) -> Any:
     for name in ("loss_scaler", "loss_scale_config"):
         if hasattr(engine.optimizer, name):

@@ -1,22 +1,19 @@
-"""A training run on one rank: set up, resume, step, log, save, stop."""
+"""A training run on one rank: set up, go on, step, log, save, stop."""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from cfld.codec import build_codec
 from cfld.images import encode_png
 from train.batch import Batch
-from train.batches import BatchMaker, seed_layers
+from train.batches import BatchMaker
 from train.checkpoint import Position, find_latest, open_checkpoint, save_checkpoint, share_out
 from train.config import TrainConfig
 from train.ema import Ema
@@ -30,8 +27,9 @@ from train.optimizer import build_optimizer, set_learning_rate
 from train.pairs import PairTable, read_pairs
 from train.pictures import draw_grid, spread_pairs
 from train.processes import Ranks
-from train.restore import check_frozen, load_state, load_weights, scaler_state
+from train.restore import check_frozen, load_state, load_weights, loss_scale, scaler_state
 from train.schedule import learning_rate_factor
+from train.step import Stepper, StepResult
 from train.weights import build_model
 
 logger = logging.getLogger(__name__)
@@ -39,20 +37,8 @@ logger = logging.getLogger(__name__)
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What came of an optimizer step, the same on all ranks."""
-
-    loss: float
-    was_applied: bool
-    gradient_norm: float
-    data_wait_s: float
-    must_stop: bool
-    """Whether any rank was told to stop."""
-
-
 class Trainer:
-    """Everything that one rank holds during a run."""
+    """Everything that one rank holds during a run. All public methods are collective."""
 
     def __init__(
         self, config: TrainConfig, ranks: Ranks, table: PairTable, *, extra: Path | None = None
@@ -75,13 +61,46 @@ class Trainer:
         )
         self.num_steps = config.num_steps(self._loader.steps_per_epoch)
         self.step = 0
-        self._skips = SkipCounter(config.health)
+        dtype = _DTYPES.get(config.engine.precision, torch.float32)
+        self._codec = build_codec(config.model.codec).to(ranks.device, dtype)
         checkpoint = ranks.broadcast(find_latest(self.run_folder) if ranks.is_first else None)
+        self._start_engine(checkpoint, extra)
+        self._stepper = Stepper(
+            config, ranks, self._engine, self._masters, self._loader, self._build_maker()
+        )
+        self._skips = SkipCounter(config.health)
+        self._pictured = self._load_pictured(table)
+
+    def run(self) -> bool:
+        """Train to the end, or until told to stop; return whether the end was reached."""
+        stop, log = StopSignal(), None
+        heartbeat = Heartbeat(self.config.health, self._ranks)
+        if self._ranks.is_first:
+            log = RunLog(self.run_folder, self.config.log, step=self.step, num_steps=self.num_steps)
+        try:
+            # Closing the iterator ends its worker processes.
+            with closing(iter(self._loader)) as batches:  # type: ignore[type-var]  # a generator
+                self._engine.train()
+                must_stop = False
+                while self.step < self.num_steps and not must_stop:
+                    must_stop = self._advance(batches, stop, log).must_stop
+            self._save()
+        finally:
+            if log:
+                log.close()
+            stop.close()
+        self._ranks.wait()
+        heartbeat.close()
+        is_done = self.step >= self.num_steps
+        if not is_done:
+            logger.info("stopped after step %d as told; the same command goes on", self.step)
+        return is_done
+
+    def _start_engine(self, checkpoint: Path | None, extra: Path | None) -> None:
+        config = self.config
         torch.manual_seed(config.order.seed)
         model = build_model(config)
         self._frozen_sha256 = hash_frozen(model)
-        dtype = _DTYPES.get(config.engine.precision, torch.float32)
-        self._codec = build_codec(config.model.codec).to(ranks.device, dtype)
         if checkpoint:
             with open_checkpoint(checkpoint) as opened:
                 check_frozen(opened, self._frozen_sha256)
@@ -96,168 +115,98 @@ class Trainer:
         optimizer = build_optimizer(model, config.optimizer)
         self._engine = start_engine(model, optimizer, config.engine, settings)
         self._masters = Masters(self._engine)
-        sizes = {
-            name: getattr(parameter, "ds_numel", parameter.numel())
-            for name, parameter in self._masters.parameters.items()
-        }
-        self._owned = share_out(sizes, ranks.num_ranks)[ranks.rank]
+        self._owned = share_out(self._masters.sizes, self._ranks.num_ranks)[self._ranks.rank]
+        self._saved_step = None
         if checkpoint:
             with open_checkpoint(checkpoint) as opened:
-                self.step = opened.position.step
+                self.step = self._saved_step = opened.position.step
                 load_state(opened, self._masters, self._engine, self._loader)
             logger.info("going on after step %d, from %s", self.step, checkpoint)
-        self._saved_step = self.step if checkpoint else None
         self._ema = self._start_ema(checkpoint)
-        channels_last = config.engine.channels_last
-        self._maker = BatchMaker(
-            config.model,
+
+    def _start_ema(self, checkpoint: Path | None) -> Ema | None:
+        if self.config.ema.decay is None:
+            return None
+        ema = Ema(self.config.ema, self._masters, self._owned)
+        if checkpoint:
+            with open_checkpoint(checkpoint) as opened:
+                if opened.position.has_ema:
+                    ema.load(opened)
+        return ema
+
+    def _build_maker(self) -> BatchMaker:
+        channels_last = self.config.engine.channels_last
+        return BatchMaker(
+            self.config.model,
             self._codec,
-            seed=config.order.seed,
-            device=ranks.device,
+            seed=self.config.order.seed,
+            device=self._ranks.device,
             memory_format=torch.channels_last if channels_last else torch.contiguous_format,
         )
-        self._pictured = self._load_pictured(table) if config.pictures.every_steps else None
 
-    def run(self) -> bool:
-        """Train to the end, or until told to stop; return whether the end was reached."""
-        stop = StopSignal()
-        heartbeat = Heartbeat(self.config.health, self._ranks)
-        log = None
-        if self._ranks.is_first:
-            log = RunLog(self.run_folder, self.config.log, step=self.step, num_steps=self.num_steps)
-        batches = iter(self._loader)
-        try:
-            self._engine.train()
-            must_stop = False
-            while self.step < self.num_steps and not must_stop:
-                must_stop = self._advance(batches, log, stop).must_stop
-            self._save()
-        finally:
-            batches.close()  # type: ignore[attr-defined]  # a generator: ends worker processes
-            if log:
-                log.close()
-            stop.close()
-        self._ranks.wait()
-        heartbeat.close()
-        is_done = self.step >= self.num_steps
-        if not is_done:
-            logger.info("stopped after step %d as told; the same command goes on", self.step)
-        return is_done
+    def _load_pictured(self, table: PairTable) -> Batch | None:
+        if not self.config.pictures.every_steps:
+            return None
+        if self.config.validation:
+            table = read_pairs([self.config.validation])
+        pairs = spread_pairs(len(table.source), self.config.pictures.num_pairs)
+        return load_pairs(table, self.config.loader, pairs)
 
     def _advance(
-        self, batches: Iterator[Batch], log: RunLog | None, stop: StopSignal
+        self, batches: Iterator[Batch], stop: StopSignal, log: RunLog | None
     ) -> StepResult:
         """Do one optimizer step and all that is due after it."""
         began = time.perf_counter()
-        rate = self.config.learning_rate * learning_rate_factor(
-            self.config.schedule,
-            self.step,
-            steps_per_epoch=self._loader.steps_per_epoch,
-            num_steps=self.num_steps,
-        )
-        set_learning_rate(self._engine.optimizer, rate)
-        epoch = self.step // self._loader.steps_per_epoch
-        result = self._train_step(batches, log, stop)
+        rate = self._learning_rate()
+        set_learning_rate(self._engine.basic_optimizer, rate)
+        result = self._stepper.train(batches, must_stop=stop.is_set)
         self.step += 1
         if self._ema:
             self._ema.update(self.step)
+        if not result.was_applied:
+            self._report_skipped(result, log)
+        self._skips.count(self.step, result.was_applied)
         if log:
-            elapsed_s = time.perf_counter() - began
-            log.write(
-                StepMetrics(
-                    step=self.step,
-                    epoch=epoch,
-                    loss=result.loss,
-                    learning_rate=rate,
-                    gradient_norm=result.gradient_norm,
-                    loss_scale=self._loss_scale(),
-                    images_per_s=2 * self.config.order.global_batch / elapsed_s,
-                    data_wait=result.data_wait_s / elapsed_s,
-                    memory_gib=peak_memory_gib(self._ranks.device),
-                    skipped=self._skips.total,
-                )
-            )
-        pictures = self.config.pictures.every_steps
-        if pictures and (self.step % pictures == 0 or self.step == self.num_steps):
+            log.write(self._metrics(result, rate, time.perf_counter() - began))
+        every = self.config.pictures.every_steps
+        if every and (self.step % every == 0 or self.step == self.num_steps):
             self._draw(log)
         if self.step % self.config.checkpoint.every_steps == 0:
             self._save()
         return result
 
-    def _train_step(
-        self, batches: Iterator[Batch], log: RunLog | None, stop: StopSignal
-    ) -> StepResult:
-        """Train on one global batch."""
-        seen: list[tuple[Batch, Tensor]] = []
-        data_wait_s, norm = 0.0, None
-        for number in range(self._loader.accumulation):
-            began = time.perf_counter()
-            batch = next(batches)
-            data_wait_s += time.perf_counter() - began
-            seed_layers(self.config.order.seed, batch)
-            with torch.autocast(
-                self._ranks.device.type,
-                torch.bfloat16,
-                enabled=self.config.engine.precision == "autocast",
-            ):
-                losses = self._engine(self._maker.make(batch))
-            self._engine.backward(losses.mean)
-            seen.append((batch, losses.rows))
-            if self.config.engine.is_plain and number == self._loader.accumulation - 1:
-                norm = self._clip_gradients()
-            self._engine.step()
-        rows = torch.stack([rows for _, rows in seen])
-        total = torch.stack(
-            [rows.sum(), (~rows.isfinite()).sum(), rows.new_tensor(float(stop.is_set))]
-        )
-        dist.all_reduce(total)
-        loss_sum, num_bad, num_stops = total.tolist()
-        if norm is None:
-            was_applied = bool(self._engine.was_step_applied())
-            norm = float(self._engine.get_global_grad_norm() or 0.0)
-        else:
-            was_applied = math.isfinite(norm)
-        if not was_applied:
-            self._report_skipped(seen, has_bad_rows=num_bad > 0, log=log)
-        self._skips.count(self.step + 1, was_applied)
-        return StepResult(
-            loss=loss_sum / (2 * self.config.order.global_batch),
-            was_applied=was_applied,
-            gradient_norm=norm,
-            data_wait_s=data_wait_s,
-            must_stop=num_stops > 0,
+    def _learning_rate(self) -> float:
+        return self.config.learning_rate * learning_rate_factor(
+            self.config.schedule,
+            self.step,
+            steps_per_epoch=self._loader.steps_per_epoch,
+            num_steps=self.num_steps,
         )
 
-    def _clip_gradients(self) -> float:
-        """Clip the gradients, or drop them so that the step changes nothing; return their norm."""
-        parameters = list(self._masters.parameters.values())
-        limit = self.config.optimizer.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
-        if not math.isfinite(norm):
-            for parameter in parameters:
-                parameter.grad = None
-        return norm
-
-    def _report_skipped(
-        self, seen: list[tuple[Batch, Tensor]], *, has_bad_rows: bool, log: RunLog | None
-    ) -> None:
-        """Name the pairs whose loss is not finite, or else all that the gradients are of."""
-        keys: list[tuple[str, str]] = []
-        for batch, rows in seen:
-            is_bad = ~rows.isfinite().view(2, -1).all(dim=0).cpu()
-            chosen = batch.draws[is_bad] if has_bad_rows else batch.draws
-            keys += self._loader.pair_keys(chosen)
-        pairs = [pair for of_rank in self._ranks.gather(keys) for pair in of_rank]
-        what = "loss" if has_bad_rows else "gradients"
-        reason = f"{what} not finite at loss scale {self._loss_scale():g}"
-        logger.warning(
-            "step %d skipped: %s; pairs %s", self.step + 1, reason, describe_pairs(pairs)
+    def _metrics(self, result: StepResult, rate: float, elapsed_s: float) -> StepMetrics:
+        return StepMetrics(
+            step=self.step,
+            epoch=(self.step - 1) // self._loader.steps_per_epoch,
+            loss=result.loss,
+            learning_rate=rate,
+            gradient_norm=result.gradient_norm,
+            loss_scale=loss_scale(self._engine),
+            images_per_s=2 * self.config.order.global_batch / elapsed_s,
+            data_wait=result.data_wait_s / elapsed_s,
+            memory_gib=peak_memory_gib(self._ranks.device),
+            skipped=self._skips.total,
         )
+
+    def _report_skipped(self, result: StepResult, log: RunLog | None) -> None:
+        what = "loss" if result.has_bad_loss else "gradients"
+        reason = f"{what} not finite, loss scale now {loss_scale(self._engine):g}"
+        pairs = describe_pairs(result.bad_pairs)
+        logger.warning("step %d skipped: %s; pairs %s", self.step, reason, pairs)
         if log:
-            log.write_skipped(self.step + 1, reason, pairs)
+            log.write_skipped(self.step, reason, result.bad_pairs)
 
     def _save(self) -> None:
-        """Write a checkpoint, unless this step has one; collective."""
+        """Write a checkpoint, unless this step has one."""
         if self._saved_step == self.step:
             return
         position = Position(
@@ -280,22 +229,6 @@ class Trainer:
         )
         self._saved_step = self.step
 
-    def _start_ema(self, checkpoint: Path | None) -> Ema | None:
-        if self.config.ema.decay is None:
-            return None
-        ema = Ema(self.config.ema, self._masters, self._owned)
-        if checkpoint:
-            with open_checkpoint(checkpoint) as opened:
-                if opened.position.has_ema:
-                    ema.load(opened)
-        return ema
-
-    def _load_pictured(self, table: PairTable) -> Batch:
-        if self.config.validation:
-            table = read_pairs([self.config.validation])
-        pairs = spread_pairs(len(table.source), self.config.pictures.num_pairs)
-        return load_pairs(table, self.config.loader, pairs)
-
     def _draw(self, log: RunLog | None) -> None:
         assert self._pictured is not None
         grid = draw_grid(self._engine, self._codec, self._pictured, self.config.pictures)
@@ -304,6 +237,3 @@ class Trainer:
             folder.mkdir(exist_ok=True)
             (folder / f"step-{self.step:08d}.png").write_bytes(encode_png(grid))
             log.write_picture(self.step, grid)
-
-    def _loss_scale(self) -> float:
-        return float(scaler_state(self._engine).get("cur_scale", 1.0))

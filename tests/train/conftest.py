@@ -1,10 +1,14 @@
-"""Small shard sets, written from the format's definition alone, and a server of folders."""
+"""Small shard sets, written from the format's definition alone, a server of folders, and runs."""
 
 import hashlib
 import io
 import json
+import os
+import socket
+import sys
 import tarfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from omegaconf import OmegaConf
 
 from cfld.images import encode_jpeg, encode_png
 from cfld.pose import draw_skeleton
@@ -215,3 +221,117 @@ def serve() -> Iterator[Callable[[Path], Server]]:
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+# The smallest model of the paper's wiring; what is said here is different from `tiny`.
+SMALL_RUN = {
+    "preset": "tiny",
+    "steps": 4,
+    "order": {"global_batch": 12},
+    "loader": {"flip_source": 0.5, "num_workers": 0},
+    "optimizer": {"rate_per_pair": 1e-4, "part_factors": {"source_encoder": 0.5}},
+    "schedule": {"kind": "cosine", "warmup_steps": 2},
+    "engine": {"precision": "fp32", "micro_batch": 3, "zero_stage": 0},
+    "model": {
+        "source_encoder": {
+            "width": 8,
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 1, 1, 1],
+        },
+        "prompt_decoder": {"depth": 1, "dim": 16, "num_heads": 1, "num_queries": 2},
+        "appearance": {"widths": [8, 8, 8], "head_dim": 8},
+        "pose_adapter": {"num_groups": 4},
+        "unet": {"channels": [16, 16, 16, 16], "num_groups": 4, "is_frozen": True},
+    },
+    "log": {"tensorboard": False},
+    "pictures": {"every_steps": 0},
+}
+
+
+@dataclass
+class Runs:
+    """Runs the training command in ranks forked from here, which need not import anything."""
+
+    folder: Path
+    config: Path
+
+    def start(self, *overrides: str, output: str = "run", ranks: int = 1) -> list[int]:
+        """Start a run; return the process ids of its ranks."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        arguments = ["--config", str(self.config), "--set", f"output={self.folder / output}"]
+        arguments += overrides
+        pids = []
+        for rank in range(ranks):
+            pid = os.fork()
+            if pid == 0:
+                self._be_rank(rank, ranks, port, arguments)
+            pids.append(pid)
+        return pids
+
+    def run(self, *overrides: str, output: str = "run", ranks: int = 1) -> list[int]:
+        """Run to the end; return the exit code of each rank."""
+        return self.wait(self.start(*overrides, output=output, ranks=ranks))
+
+    def wait(self, pids: list[int]) -> list[int]:
+        """Exit codes, negative ones for signals."""
+        return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+    def check(self, *overrides: str, output: str = "run", ranks: int = 1) -> list[float]:
+        """Run to the end and return the losses, failing with what was said if it failed."""
+        codes = self.run(*overrides, output=output, ranks=ranks)
+        assert codes == [0] * ranks, self.said()
+        return self.losses(output)
+
+    def losses(self, output: str = "run") -> list[float]:
+        """The loss of each step so far."""
+        return [line["loss"] for line in self.lines("metrics.jsonl", output)]
+
+    def lines(self, name: str, output: str = "run") -> list[dict]:
+        """What a file of JSON lines holds."""
+        return [json.loads(line) for line in (self.folder / output / name).open()]
+
+    def said(self) -> str:
+        """All that the ranks of all runs have written to the terminal."""
+        path = self.folder / "said.txt"
+        return path.read_text() if path.exists() else ""
+
+    def _be_rank(self, rank: int, ranks: int, port: int, arguments: list[str]) -> None:
+        code = 1
+        try:
+            said = os.open(self.folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115 - until the end
+            torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+            os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+            if ranks > 1:
+                names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+                values = (rank, rank, ranks, "127.0.0.1", port)
+                os.environ |= dict(zip(names, map(str, values), strict=True))
+            from train.main import main
+
+            code = main(arguments)
+        except SystemExit as error:
+            code = int(error.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+
+@pytest.fixture
+def runs(tmp_path: Path, shard_set: Path) -> Runs:
+    """Runs of a very small model on 72 pairs, 6 steps an epoch."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed  # noqa: F401 - once, here, instead of in every rank
+
+    import train.main  # noqa: F401
+
+    config = tmp_path / "small.yaml"
+    settings = SMALL_RUN | {"data": {"drawn": {"url": str(shard_set)}}}
+    config.write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
+    return Runs(tmp_path, config)
