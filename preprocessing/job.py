@@ -162,7 +162,8 @@ class _Job:
     def _make_shards(
         self, photos: pa.Table, keypoints: FoundKeypoints, plan: Sequence[PlannedShard]
     ) -> None:
-        pending = [shard for shard in plan if not self.store.exists(record_file(shard.name))]
+        finished = {f"{RECORDS_FOLDER}/{name}" for name in self.store.names(RECORDS_FOLDER)}
+        pending = [shard for shard in plan if record_file(shard.name) not in finished]
         if not pending:
             return
         num_workers = self.start_ray()
