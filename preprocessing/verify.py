@@ -207,21 +207,22 @@ def _explain_member(file: _HashedFile, member: _Member, decode: bool) -> Iterato
     if gap < 0:
         yield f"{member.name} lies, by the index, inside the member before it"
         return
-    if any(file.read(gap)):
+    start = gap + _BLOCK
+    data = file.read(start + member.size_bytes)
+    if any(data[:gap]):
         yield f"there is something between {member.name} and the member before it"
-    block, content = file.read(_BLOCK), file.read(member.size_bytes)
-    if len(block) + len(content) < _BLOCK + member.size_bytes:
+    if len(data) < start + member.size_bytes:
         yield f"the file ends before the end of {member.name}; what follows is lost"
         return
     try:
-        header = tarfile.TarInfo.frombuf(block, "ascii", "replace")
+        header = tarfile.TarInfo.frombuf(data[gap:start], "ascii", "replace")
     except tarfile.HeaderError as error:
         yield f"the tar header of {member.name} is damaged ({error})"
     else:
         if (header.name, header.size) != (member.name, member.size_bytes):
             yield f"{header.name} of {header.size:,} bytes lies in the place of {member.name}"
     if decode:
-        yield from _explain_content(member, content)
+        yield from _explain_content(member, data[start:])
 
 
 def _explain_content(member: _Member, content: bytes) -> Iterator[str]:
