@@ -109,7 +109,7 @@ def _load(image: Image.Image) -> Image.Image:
 
 def _is_plain_jpeg(data: bytes) -> bool:
     """Whether this is a colour JPEG that needs no conversion and no look at an EXIF rotation."""
-    if not data.startswith(b"\xff\xd8") or b"Exif\0" in data[:_EXIF_WINDOW]:
+    if not data.startswith(b"\xff\xd8") or data.find(b"Exif\0", 0, _EXIF_WINDOW) >= 0:
         return False
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
