@@ -59,6 +59,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = f"{WORK_FOLDER}/settings.json"
 _MAX_RETRIES = 5  # of a shard whose worker died, or whose photos' store failed
+_PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +171,15 @@ class _Job:
         num_done = photos.num_rows - sum(shard.num_photos for shard in pending)
         with self.progress.stage("shards", photos.num_rows, num_done) as bar:
             running: dict[ray.ObjectRef, int] = {}
-            for task, num_photos in self._submit(photos, keypoints, pending):
-                running[task] = num_photos
-                if len(running) >= num_workers:
+            try:
+                for task, num_photos in self._submit(photos, keypoints, pending):
+                    running[task] = num_photos
+                    if len(running) >= num_workers:
+                        bar.update(_wait_for_one(running))
+                while running:
                     bar.update(_wait_for_one(running))
-            while running:
-                bar.update(_wait_for_one(running))
+            finally:
+                _cancel(list(running))
 
     def _submit(
         self, photos: pa.Table, keypoints: FoundKeypoints, pending: Sequence[PlannedShard]
@@ -253,3 +257,11 @@ def _wait_for_one(running: dict[ray.ObjectRef, int]) -> int:
     except RayTaskError as error:
         raise error.cause from error  # whose text is not a traceback
     return running.pop(task)
+
+
+def _cancel(tasks: list[ray.ObjectRef]) -> None:
+    """End tasks that run no more to any purpose, and let them take back what they half wrote."""
+    for task in tasks:
+        ray.cancel(task)
+    if tasks:
+        ray.wait(tasks, num_returns=len(tasks), timeout=_PATIENCE_S)
