@@ -87,7 +87,9 @@ class RunLog:
     def write(self, metrics: StepMetrics) -> None:
         """Take in the figures of a step."""
         figures = asdict(metrics)
-        self._metrics.write(json.dumps(figures) + "\n")
+        # JSON has no word for what is not finite.
+        known = {name: figures[name] if math.isfinite(figures[name]) else None for name in figures}
+        self._metrics.write(json.dumps(known) + "\n")
         self._metrics.flush()
         if metrics.step % self._config.every_steps == 0:
             shown = {name: figures[name] for name in figures if name != "step"}

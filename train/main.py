@@ -61,7 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if device.type == "cpu":
             # DeepSpeed would warn that it found no other accelerator.
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        return _train(config, start_processes(), options)
+        code = _train(config, start_processes(), options)
+        # Only now: after an error others may hang in a collective, and this would wait for them.
+        stop_processes()
+        return code
     except (ConfigError, EngineError, FormatError, CheckpointError) as error:
         logger.error("%s", error)
         return 2
@@ -73,8 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         logger.error("another rank is gone, so this one ends too; see what that rank said")
         return 1
-    finally:
-        stop_processes()
 
 
 def _train(config: TrainConfig, ranks: Ranks, options: argparse.Namespace) -> int:

@@ -83,5 +83,4 @@ def start_processes() -> Ranks:
 
 def stop_processes() -> None:
     """Disconnect from the other processes."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()

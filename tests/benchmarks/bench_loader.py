@@ -44,9 +44,9 @@ def draw_photo(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndar
     """A textured figure before a plain wall as large as DeepFashion's, resized; its keypoints."""
     rows, columns = np.mgrid[: PHOTO[0], : PHOTO[1]]
     figure = ((rows - 600) / 480) ** 2 + ((columns - 375) / 170) ** 2 < 1
-    coarse = Image.fromarray(rng.integers(0, 255, (138, 94, 3), dtype=np.uint8))
+    coarse = Image.fromarray(rng.integers(0, 255, (92, 63, 3), dtype=np.uint8))
     texture = np.asarray(coarse.resize(PHOTO[::-1], Image.Resampling.BICUBIC))
-    noise = rng.integers(-7, 8, texture.shape, dtype=np.int8)
+    noise = rng.integers(-3, 4, texture.shape, dtype=np.int8)
     photo = np.where(figure[..., None], texture.astype(np.int16) + noise, 236)
     points = np.stack([JOINT_X, JOINT_Y], axis=1) / 100 + rng.normal(0, 0.02, (18, 2))
     keypoints = np.hstack([points * size[::-1], np.ones((18, 1))]).astype(np.float32)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import os
 import socket
 import sys
@@ -255,8 +256,10 @@ class Runs:
     folder: Path
     config: Path
 
-    def start(self, *overrides: str, output: str = "run", ranks: int = 1) -> list[int]:
-        """Start a run; return the process ids of its ranks."""
+    def start(
+        self, *overrides: str, output: str = "run", ranks: int = 1, said: int | None = None
+    ) -> list[int]:
+        """Start a run that writes to the file descriptor `said`; return its ranks' process ids."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -266,9 +269,18 @@ class Runs:
         for rank in range(ranks):
             pid = os.fork()
             if pid == 0:
-                self._be_rank(rank, ranks, port, arguments)
+                self._be_rank(rank, ranks, port, arguments, said)
             pids.append(pid)
         return pids
+
+    def start_and_watch(
+        self, *overrides: str, output: str = "run", ranks: int = 1
+    ) -> tuple[list[int], Iterator[str]]:
+        """Start a run; return its ranks' process ids and the lines it writes, as they come."""
+        reading, writing = os.pipe()
+        pids = self.start(*overrides, output=output, ranks=ranks, said=writing)
+        os.close(writing)
+        return pids, iter(os.fdopen(reading))
 
     def run(self, *overrides: str, output: str = "run", ranks: int = 1) -> list[int]:
         """Run to the end; return the exit code of each rank."""
@@ -297,13 +309,17 @@ class Runs:
         path = self.folder / "said.txt"
         return path.read_text() if path.exists() else ""
 
-    def _be_rank(self, rank: int, ranks: int, port: int, arguments: list[str]) -> None:
+    def _be_rank(
+        self, rank: int, ranks: int, port: int, arguments: list[str], said: int | None
+    ) -> None:
         code = 1
         try:
-            said = os.open(self.folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            if said is None:
+                said = os.open(self.folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(said, 1)
             os.dup2(said, 2)
             sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115 - until the end
+            logging.getLogger().handlers.clear()  # pytest's
             torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
             os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
             if ranks > 1:
@@ -335,3 +351,9 @@ def runs(tmp_path: Path, shard_set: Path) -> Runs:
     settings = SMALL_RUN | {"data": {"drawn": {"url": str(shard_set)}}}
     config.write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
     return Runs(tmp_path, config)
+
+
+@pytest.fixture
+def make_shards() -> Callable[..., Path]:
+    """Writes a shard set."""
+    return write_shards
