@@ -18,11 +18,9 @@ import torch
 from omegaconf import OmegaConf
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from cfld.config_file import ConfigError
-from shards.format import FormatError
-from train.checkpoint import CheckpointError, clean_up, write_whole
+from train.checkpoint import clean_up, write_whole
 from train.config import TrainConfig, load_train_config
-from train.engine import EngineError, check_precision
+from train.engine import check_precision
 from train.export import CONFIG_FILE, PIPELINE_FOLDER, export_run
 from train.health import TooManySkippedError
 from train.pairs import read_pairs
@@ -56,18 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if is_first_process():
                 sys.stdout.write(make_plan(config, options.plan, options.deepspeed_config))
             return 0
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        check_precision(config.engine, device)
-        if device.type == "cpu":
-            # DeepSpeed would warn that it found no other accelerator.
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        code = _train(config, start_processes(), options)
-        # Only now: after an error others may hang in a collective, and this would wait for them.
-        stop_processes()
-        return code
-    except (ConfigError, EngineError, FormatError, CheckpointError) as error:
+        trainer = _set_up(config, options)
+    except (ValueError, OSError, ImportError) as error:  # before any work: what was given is wrong
         logger.error("%s", error)
         return 2
+    try:
+        return _train(trainer) if trainer else 0
     except (ShardError, TooManySkippedError) as error:
         logger.error("%s", error)
         return 1
@@ -78,20 +70,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _train(config: TrainConfig, ranks: Ranks, options: argparse.Namespace) -> int:
-    run = Path(config.output)
+def _set_up(config: TrainConfig, options: argparse.Namespace) -> Trainer | None:
+    """Build everything; nothing if the run is complete."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_precision(config.engine, device)
+    if device.type == "cpu":
+        # DeepSpeed would warn that it found no other accelerator.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     table = read_pairs(list(config.data.values()))
+    ranks = start_processes()
+    run = Path(config.output)
+    if ranks.broadcast((run / PIPELINE_FOLDER).exists()):
+        logger.info("%s is complete; set another output for another run", run)
+        return None
+    trainer = Trainer(config, ranks, table, extra=options.deepspeed_config)
     if ranks.is_first:
         clean_up(run)
         _keep_settings(config, run, ranks)
-    if not ranks.broadcast((run / PIPELINE_FOLDER).exists()):
-        redirect = logging_redirect_tqdm() if sys.stderr.isatty() else nullcontext()
-        with redirect:
-            trainer = Trainer(config, ranks, table, extra=options.deepspeed_config)
-            if not trainer.run():
-                return 0
-        if ranks.is_first:
-            export_run(run, run / PIPELINE_FOLDER)
+    return trainer
+
+
+def _train(trainer: Trainer) -> int:
+    with logging_redirect_tqdm() if sys.stderr.isatty() else nullcontext():
+        is_done = trainer.run()
+    if is_done and is_first_process():
+        export_run(trainer.run_folder, trainer.run_folder / PIPELINE_FOLDER)
+    # Not after an error: others may then hang in a collective, and this would wait for them.
+    stop_processes()
     return 0
 
 

@@ -85,12 +85,12 @@ def _memory_lines(config: TrainConfig, plain: Memory, checkpointed: Memory) -> l
     return lines
 
 
-def _rank_bytes(memory: Memory, micro_batch: int, *, is_half: bool, config: TrainConfig) -> float:
+def _rank_bytes(memory: Memory, micro_batch: int, *, is_half: bool, config: TrainConfig) -> int:
     optimizer = 0 if config.engine.offload_optimizer else memory.optimizer_bytes
     activations = micro_batch * memory.activations_bytes
     if is_half:
         return memory.weights_bytes + memory.gradients_bytes + optimizer + activations
-    return 2 * (memory.weights_bytes + memory.gradients_bytes + activations) + optimizer * 2 / 3
+    return 2 * (memory.weights_bytes + memory.gradients_bytes + activations) + 2 * optimizer // 3
 
 
 def _uses_latents(config: TrainConfig, table: PairTable) -> bool:
