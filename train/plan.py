@@ -9,7 +9,7 @@ from cfld.describe import Memory, describe
 from train.config import TrainConfig
 from train.engine import deepspeed_settings
 from train.order import accumulation_steps, num_steps
-from train.pairs import PairTable, read_pairs
+from train.pairs import read_pairs
 
 _GIB = 2**30
 _SPEEDS = (1, 10, 80)
@@ -38,7 +38,8 @@ def make_plan(config: TrainConfig, num_ranks: int, extra: Path | None = None) ->
     steps = config.num_steps(steps_per_epoch)
     described = describe(config.model, zero_stage=engine.zero_stage, num_gpus=num_ranks)
     together = described.parts[-1]
-    encode = 0 if _uses_latents(config, table) else described.flops_to_encode_pair
+    has_latents = config.loader.use_latents and table.has_latents
+    flops = described.flops_per_pair + (0 if has_latents else described.flops_to_encode_pair)
     lines = [
         *(
             f"data           {name}: {identity.num_pairs:,} pairs of {identity.dataset}, split "
@@ -52,8 +53,8 @@ def make_plan(config: TrainConfig, num_ranks: int, extra: Path | None = None) ->
         f"{config.schedule.warmup_steps} steps of warm-up",
         f"parameters     {together.total / 1e6:.1f} million, {together.trainable / 1e6:.1f} of "
         "them trained",
-        f"latents        {'stored in the shards' if not encode else 'made in every step'}",
-        f"arithmetic     {(described.flops_per_pair + encode) / 1e12:.2f} TFLOP a pair",
+        f"latents        {'stored in the shards' if has_latents else 'made in every step'}",
+        f"arithmetic     {flops / 1e12:.2f} TFLOP a pair",
         "hours          "
         + ", ".join(
             f"{steps * global_batch / speed / 3600:,.1f} at {speed} pairs/s" for speed in _SPEEDS
@@ -91,7 +92,3 @@ def _rank_bytes(memory: Memory, micro_batch: int, *, is_half: bool, config: Trai
     if is_half:
         return memory.weights_bytes + memory.gradients_bytes + optimizer + activations
     return 2 * (memory.weights_bytes + memory.gradients_bytes + activations) + 2 * optimizer // 3
-
-
-def _uses_latents(config: TrainConfig, table: PairTable) -> bool:
-    return config.loader.use_latents and table.has_latents

@@ -30,12 +30,14 @@ def test_wrong_use_is_told_before_any_work(runs, arguments, message) -> None:
     assert not (runs.folder / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_plan_touches_nothing(runs) -> None:
     assert runs.run("--plan", "4") == [0]
     assert "x ranks 4" in runs.said()
     assert not (runs.folder / "run").exists()
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_pipeline(runs) -> None:
     first = runs.check("schedule.warmup_steps=0", output="first")
     start = f"start_from={runs.folder / 'first' / 'pipeline'}"

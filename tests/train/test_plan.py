@@ -6,6 +6,7 @@ from train.config import load_train_config
 from train.plan import make_plan
 
 
+@pytest.mark.slow
 def test_the_plan_works_everything_out(runs) -> None:
     config = load_train_config(runs.config, ["epochs=3", "steps=null", "engine.precision=bf16"])
     plan = make_plan(config, 2)

@@ -18,8 +18,6 @@ from safetensors.torch import load_file
 from cfld.images import decode_image
 from cfld.pipeline import CFLDPipeline
 
-pytestmark = pytest.mark.slow  # each launches the command, several processes, several times
-
 # Losses of small models in their first steps swing with the last bit of a gradient.
 EXACTLY = {"abs": 1e-5}
 
@@ -58,6 +56,7 @@ def spoil_latent(folder: Path, key: str) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_leaves_its_results(runs) -> None:
     settings = ("pictures.every_steps=2", "pictures.num_inference_steps=2", "ema.decay=0.9")
     losses = runs.check(*settings, "log.tensorboard=true", "engine.zero_stage=2")
@@ -107,6 +106,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_exactly(runs) -> None:
     assert_same_state(runs.folder / "run", runs.folder / "unbroken", atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_what_a_kill_left_behind_is_cleaned_up(runs) -> None:
     runs.check("steps=2", "checkpoint.every_steps=1")
     folder = runs.folder / "run"
@@ -122,6 +122,7 @@ def test_what_a_kill_left_behind_is_cleaned_up(runs) -> None:
     assert len(list((folder / "checkpoints").glob("step-*"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_loss_that_is_not_finite_is_skipped_and_named(runs, make_shards, stage) -> None:
     folder = make_shards(runs.folder / "spoilt", latent_shape=(96, 16, 16))
