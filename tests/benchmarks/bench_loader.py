@@ -181,8 +181,10 @@ def wait_share(batches: Iterator) -> float:
     for _ in range(NUM_STEPS):
         time.sleep(STEP_S)
         asked = time.perf_counter()
-        next(batches)
+        following = next(batches)
         waited += time.perf_counter() - asked
+        batch = following  # frees the last one now, as a trainer does, not while it waits
+    del batch
     return waited / (time.perf_counter() - start)
 
 
