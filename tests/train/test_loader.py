@@ -276,6 +276,7 @@ def test_the_trainers_random_state_is_left_alone(shard_set) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow  # counts processes, which a crowded machine is slow to end
 def test_workers_end_with_the_iteration(shard_set) -> None:
     batches = iter(make_loader(shard_set, num_workers=2))
     next(batches)
