@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from cfld.images import decode_image
 from cfld.pipeline import CFLDPipeline
 
+pytestmark = pytest.mark.slow  # each launches the command, several processes, several times
+
 # Losses of small models in their first steps swing with the last bit of a gradient.
 EXACTLY = {"abs": 1e-5}
 
