@@ -79,8 +79,7 @@ def test_a_run_trains_and_leaves_its_results(runs) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage",
-    [1, 2, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)],
+    "stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 3))]
 )
 def test_resumes_on_other_ranks_stage_and_micro_batch(runs, stage) -> None:
     schedule = ("schedule.kind=constant", "ema.decay=0.5", "ema.every_steps=2")
@@ -176,8 +175,16 @@ def test_other_frozen_weights_or_another_order_are_refused(runs) -> None:
     assert "was trained on frozen weights" in runs.said()
     assert runs.run("steps=4", "order.block_shards=3") == [2]
     assert "order of pairs cannot be continued" in runs.said()
-    assert runs.run("steps=4", "model.prompt_decoder.depth=2") == [2]
+
+
+def test_another_model_is_refused(runs) -> None:
+    all_trained = "model.unet.is_frozen=false"
+    runs.check("steps=2", all_trained)
+    shutil.rmtree(runs.folder / "run" / "pipeline")
+    assert runs.run("steps=4", all_trained, "model.prompt_decoder.depth=2") == [2]
     assert "trained parameters, such as prompt_decoder.blocks.1" in runs.said()
+    assert runs.run("steps=4", all_trained, "model.prompt_decoder.num_queries=3") == [2]
+    assert "learnable_vector has the shape [1, 2, 16], the model's [1, 3, 16]" in runs.said()
 
 
 @pytest.mark.slow
