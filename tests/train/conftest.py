@@ -351,9 +351,3 @@ def runs(tmp_path: Path, shard_set: Path) -> Runs:
     settings = SMALL_RUN | {"data": {"drawn": {"url": str(shard_set)}}}
     config.write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
     return Runs(tmp_path, config)
-
-
-@pytest.fixture
-def make_shards() -> Callable[..., Path]:
-    """Writes a shard set."""
-    return write_shards

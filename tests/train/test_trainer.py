@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from cfld.images import decode_image
 from cfld.pipeline import CFLDPipeline
+from tests.train.conftest import write_shards
 
 pytestmark = pytest.mark.slow  # each launches the command, several processes, several times
 
@@ -125,8 +126,8 @@ def test_what_a_kill_left_behind_is_cleaned_up(runs) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
-def test_a_loss_that_is_not_finite_is_skipped_and_named(runs, make_shards, stage) -> None:
-    folder = make_shards(runs.folder / "spoilt", latent_shape=(96, 16, 16))
+def test_a_loss_that_is_not_finite_is_skipped_and_named(runs, stage) -> None:
+    folder = write_shards(runs.folder / "spoilt", latent_shape=(96, 16, 16))
     spoil_latent(folder, "s0p0004v1")
     data = f"data.drawn.url={folder}"
     codes = runs.run(data, "steps=6", f"engine.zero_stage={stage}", ranks=2)
@@ -158,8 +159,8 @@ def test_a_killed_rank_ends_the_others(runs) -> None:
     assert runs.wait(pids) == [1, -signal.SIGKILL]
 
 
-def test_a_damaged_shard_stops_the_run_and_is_named(runs, make_shards) -> None:
-    folder = make_shards(runs.folder / "damaged")
+def test_a_damaged_shard_stops_the_run_and_is_named(runs) -> None:
+    folder = write_shards(runs.folder / "damaged")
     shard = next(folder.glob("*.tar"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
