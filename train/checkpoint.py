@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -83,7 +83,7 @@ class Checkpoint:
             path = folder / _part_name(number, self.position.num_files)
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
-            except (OSError, ValueError, RuntimeError) as error:
+            except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path}: cannot be read: {error}") from error
             self._files |= dict.fromkeys(file.keys(), file)
 
