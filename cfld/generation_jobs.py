@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -139,23 +140,41 @@ def read_inputs(job: Job, sampling: Sampling, estimator: Estimator) -> Inputs:
     """
     if not (job.image and job.pose and job.output):
         raise JobError(f"a cell is empty; fill in {', '.join(COLUMNS)}")
-    if Path(job.output).suffix.lower() not in Image.registered_extensions():
-        raise JobError(f"{job.output}: ends in no image format; use .png or .jpg")
+    check_output(job.output)
     photo = read_photo(job.image)
     size = sampling.size or photo.shape[:2]
+    pose = read_framed_pose(job.pose, sampling.pose_frame or photo.shape[:2], estimator)
+    return Inputs(job, photo, fit_frame(pose, size))
+
+
+def check_output(output: str) -> None:
+    """Refuse a name that is no image's.
+
+    Raises:
+        JobError: If it ends in no image format.
+    """
+    if Path(output).suffix.lower() not in Image.registered_extensions():
+        raise JobError(f"{output}: ends in no image format; use .png or .jpg")
+
+
+def read_framed_pose(spec: str, frame: Size, estimator: Estimator) -> FramedPose:
+    """Read a pose; `frame` is the size of the picture that keypoints in files refer to.
+
+    Raises:
+        JobError: If a file is missing, is none of the known formats, or shows no person.
+        PoseNetworkError: If the estimator cannot be had.
+    """
     try:
-        if _KEYPOINT_FILE.fullmatch(job.pose):
-            pose = FramedPose(read_pose(job.pose), sampling.pose_frame or photo.shape[:2])
-        else:
-            pose = find_person(read_photo(job.pose), estimator)
+        if _KEYPOINT_FILE.fullmatch(spec):
+            return FramedPose(read_pose(spec), frame)
+        return find_person(read_photo(spec), estimator)
     except (JobError, PoseNetworkError):
         raise
     except FileNotFoundError as error:
-        raise JobError(f"{job.pose}: no such file") from error
+        raise JobError(f"{spec}: no such file") from error
     except (OSError, ValueError) as error:
         is_named = isinstance(error, KeypointsError)
-        raise JobError(str(error) if is_named else f"{job.pose}: {error}") from error
-    return Inputs(job, photo, fit_frame(pose, size))
+        raise JobError(str(error) if is_named else f"{spec}: {error}") from error
 
 
 def read_photo(path: str) -> UInt8[np.ndarray, "height width 3"]:
@@ -205,11 +224,15 @@ def generate_batch(pipeline: CFLDPipeline, batch: Sequence[Inputs], sampling: Sa
         return_dict=False,
     )[0]
     for inputs, image in zip(batch, images, strict=True):
-        output = Path(inputs.job.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = output.with_name(f".{output.stem}.unfinished{output.suffix}")
-        image.save(unfinished, quality=95)
-        unfinished.replace(output)
+        save_image(image, Path(inputs.job.output))
+
+
+def save_image(image: Image.Image, path: Path, **options: Any) -> None:
+    """Write a picture under its name once it is whole; `options` are Pillow's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
+    image.save(unfinished, quality=95, **options)
+    unfinished.replace(path)
 
 
 def _read_all(
