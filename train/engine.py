@@ -171,9 +171,9 @@ def start_engine(
     os.environ.setdefault("LOCAL_RANK", "0")  # what the launcher would set
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if config.channels_last:  # only now: DeepSpeed sends contiguous weights to the other ranks
+        engine.module.to(memory_format=torch.channels_last)
     if config.compile:
         engine.compile()
     return engine
