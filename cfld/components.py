@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from jaxtyping import Float
 from torch import Tensor
 
@@ -89,6 +90,13 @@ class PixelAutoencoder(ModelMixin, ConfigMixin):
         self.codec = PixelCodec(CodecConfig(kind="pixels", factor=factor))
         # Nothing is learnt, but diffusers asks each component for its type and device.
         self.register_buffer("placeholder", torch.zeros(1))
+
+    def encode(
+        self, x: Float[Tensor, "batch 3 image_height image_width"], return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """The one latent of each image in [-1, 1], as the mean of a posterior."""
+        posterior = DiagonalGaussianDistribution(self.codec.moments(x))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(
         self, z: Float[Tensor, "batch channels height width"], return_dict: bool = True

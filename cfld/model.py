@@ -129,20 +129,33 @@ class CFLD(nn.Module):
             ValueError: If a size differs from the configuration's, or the poses are not a
                 multiple of the sources.
         """
-        self._check_size("pose map", pose_map, self.config.pose_map_size)
-        times, rest = divmod(len(pose_map), len(source))
-        if rest or not times:
-            raise ValueError(
-                f"{len(pose_map)} pose maps for {len(source)} source images: give one or several "
-                "for each"
-            )
+        return self.add_pose(self.encode_source(source), pose_map)
+
+    def encode_source(
+        self, source: Float[Tensor, "batch 3 source_height source_width"]
+    ) -> Conditioning:
+        """The appearance, coarse and fine, without a pose."""
         source = source.to(self.learnable_vector.dtype)
         features = () if self.source_encoder is None else self.source_encoder(source)
-        appearance = Conditioning(
+        return Conditioning(
             prompt=self.prompt_decoder(source, features),
             appearance_biases=() if self.appearance is None else self.appearance(features),
             pose_residuals=(),
         )
+
+    def add_pose(
+        self,
+        appearance: Conditioning,
+        pose_map: Float[Tensor, "rows 21 pose_height pose_width"],
+    ) -> Conditioning:
+        """Complete what `encode_source` gives; rows as in `condition`."""
+        self._check_size("pose map", pose_map, self.config.pose_map_size)
+        times, rest = divmod(len(pose_map), len(appearance.prompt))
+        if rest or not times:
+            raise ValueError(
+                f"{len(pose_map)} pose maps for {len(appearance.prompt)} source images: give one "
+                "or several for each"
+            )
         residuals = self.pose_adapter(pose_map.to(self.learnable_vector.dtype))
         return replace(appearance.tile(times), pose_residuals=residuals)
 

@@ -24,6 +24,8 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from cfld.codec import Codec, VaeCodec
 from cfld.components import Conditioner, PixelAutoencoder
+from cfld.conditioning import Conditioning
+from cfld.editing import Appearance, Reference, Region, latent_masks, read_references
 from cfld.guidance import GuidedConditioning, cumulative_terms, guide, guided_prediction
 from cfld.model import CFLD, ConditioningParts
 from cfld.pipeline_inputs import (
@@ -97,11 +99,33 @@ class CFLDPipeline(DiffusionPipeline):
         return self._interrupt
 
     @torch.no_grad()
+    def encode_appearance(self, image: Picture | Sequence[Picture]) -> Appearance:
+        """What the model sees of photos, whatever the pose: to use several times, or to mix.
+
+        Raises:
+            ValueError: If a photo has a wrong form, or there is none.
+        """
+        pictures = read_pictures(image)
+        if not pictures:
+            raise ValueError("no image is given")
+        model = self._model()
+        _fetch(self.conditioner)
+        source = read_sources(pictures, model.config.source_encoder.image_size)
+        encoded = model.encode_source(source.to(self._execution_device))
+        return Appearance(
+            prompt=encoded.prompt,
+            biases=encoded.appearance_biases,
+            sizes=tuple(picture.shape[:2] for picture in pictures),
+        )
+
+    @torch.no_grad()
     def __call__(
         self,
-        image: Picture | Sequence[Picture],
+        image: Picture | Sequence[Picture] | Appearance,
         pose: object,
         *,
+        reference_image: Picture | Sequence[Picture] | None = None,
+        mask_image: object = None,
         pose_frame: Size | Sequence[Size] | None = None,
         pose_estimator: Estimator | None = None,
         height: int | None = None,
@@ -123,16 +147,24 @@ class CFLDPipeline(DiffusionPipeline):
         one pose; the results are in the order of the longer of the two, those of
         `num_images_per_prompt` next to each other.
 
+        With `reference_image` only the part of it that `mask_image` marks is drawn anew, in the
+        appearance of `image`; elsewhere the latents are exactly its own (CFLD Sec. 4.6).
+
         Args:
             image: PIL images, arrays HWC or tensors CHW, uint8 or floats in [0, 1]. Resized to
-                the model's square without keeping the aspect ratio, as in training.
+                the model's square without keeping the aspect ratio, as in training. Or what
+                `encode_appearance` makes of them, mixed by `cfld.editing.interpolate`.
             pose: Keypoints `[18, 3]`, a pose map `[21, h, w]`, a skeleton drawn in OpenPose's
-                colours, or a photo of a person; several as a list or along a first axis.
+                colours, or a photo of a person; several as a list or along a first axis. With
+                `reference_image` that image's.
+            reference_image: One for all results or one for each of them, in `image`'s forms.
+            mask_image: White where the reference is to be drawn anew, of its size; truth values,
+                uint8 or floats in [0, 1], one for all references or one for each.
             pose_frame: Height and width of the picture in whose pixels keypoints are given, one
-                for all or one for each pose; without it the image's size.
+                for all or one for each pose; without it the reference's or image's size.
             pose_estimator: Finds the person in pose photos (`cfld.pose_network.PoseEstimator`).
             height: Of the results, which are resized from the model's square; together with
-                `width`. Without both: the size of the image each result was made of.
+                `width`. Without both: the size of each result's reference or image.
             width: See `height`.
             num_inference_steps: Denoising steps.
             pose_guidance_scale: w_pose of CFLD Eq. 7; 1 is no guidance.
@@ -158,31 +190,27 @@ class CFLDPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; there are "
                 f"{self._callback_tensor_inputs}"
             )
-        pictures = read_pictures(image)
-        frames = _as_sizes(pose_frame) or [picture.shape[:2] for picture in pictures]
-        poses = read_poses(pose, frames, pose_estimator)
-        num_rows = _count_rows(len(pictures), len(poses))
-        sizes = [picture.shape[:2] if height is None else (height, width) for picture in pictures]
-        if output_type in ("np", "pt") and len(set(sizes)) > 1:
-            raise ValueError(
-                f"images of {sorted(set(sizes))} do not fit one array: give height and width"
-            )
+        appearance = image if isinstance(image, Appearance) else self.encode_appearance(image)
+        references = read_references(reference_image, mask_image)
+        sizes = [each.image.shape[:2] for each in references] or list(appearance.sizes)
+        poses = read_poses(pose, _as_sizes(pose_frame) or sizes, pose_estimator)
+        num_rows = _count_rows(len(appearance.sizes), len(poses))
+        sizes = [(height, width) if height and width else size for size in sizes]
+        _check_sizes(sizes, num_rows, output_type)
 
-        settings = self.conditioner.settings
-        source = read_sources(pictures, settings.source_encoder.image_size)
-        pose_maps = draw_poses(poses * (num_rows // len(poses)), settings.pose_map_size)
-        guided = self._condition(
-            source,
-            pose_maps,
-            cumulative_terms(pose_guidance_scale, appearance_guidance_scale),
-            num_images_per_prompt,
+        num_latents = num_rows * num_images_per_prompt
+        region = self._encode_region(references, num_latents) if references else None
+        pose_maps = draw_poses(
+            poses * (num_rows // len(poses)), self.conditioner.settings.pose_map_size
         )
-        latents = self._initial_latents(
-            num_rows * num_images_per_prompt, num_inference_steps, generator, latents
-        )
+        terms = cumulative_terms(pose_guidance_scale, appearance_guidance_scale)
+        guided = self._condition(appearance, pose_maps, terms, num_images_per_prompt)
+        noise = self._initial_noise(num_latents, generator, latents)
+        self.scheduler.set_timesteps(num_inference_steps, device=noise.device)
         latents = self._denoise(
-            latents,
+            noise,
             guided,
+            region,
             generator,
             callback_on_step_end,
             list(callback_on_step_end_tensor_inputs),
@@ -190,7 +218,7 @@ class CFLDPipeline(DiffusionPipeline):
         if output_type == "latent":
             images: Any = latents
         else:
-            repeats = num_rows // len(sizes) * num_images_per_prompt
+            repeats = num_latents // len(sizes)
             images = self._decode(
                 latents, [size for size in sizes for _ in range(repeats)], output_type
             )
@@ -204,29 +232,30 @@ class CFLDPipeline(DiffusionPipeline):
 
     def _condition(
         self,
-        source: Float[Tensor, "sources 3 source_height source_width"],
+        appearance: Appearance,
         pose_maps: Float[Tensor, "rows 21 pose_height pose_width"],
         terms: tuple[Any, ...],
         num_images: int,
     ) -> GuidedConditioning:
         model, device = self._model(), self._execution_device
         _fetch(self.conditioner)
-        conditioning = model.condition(source.to(device), pose_maps.to(device))
+        unposed = Conditioning(
+            prompt=appearance.prompt, appearance_biases=appearance.biases, pose_residuals=()
+        )
+        conditioning = model.add_pose(unposed, pose_maps.to(device))
         if num_images > 1:
             conditioning = conditioning.map(lambda rows: rows.repeat_interleave(num_images, dim=0))
         _fetch(self.unet)
         return guide(model, conditioning.map(lambda rows: rows.to(self.unet.dtype)), terms)
 
-    def _initial_latents(
+    def _initial_noise(
         self,
         num_latents: int,
-        num_inference_steps: int,
         generator: Generator | list[Generator] | None,
         latents: Latents | None,
     ) -> Latents:
-        """Noise at the scheduler's first noise level, in float32 whatever the model's type."""
+        """Standard normal noise, in float32 whatever the model's type."""
         device = self._execution_device
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
         shape = (num_latents, self.unet.config.in_channels, *self.conditioner.settings.latent_size)
         if isinstance(generator, list) and len(generator) != num_latents:
             raise ValueError(f"{len(generator)} generators for {num_latents} results")
@@ -234,12 +263,26 @@ class CFLDPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator, device, torch.float32)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents have the shape {tuple(latents.shape)}, expected {shape}")
-        return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+        return latents.to(device, torch.float32)
+
+    def _encode_region(self, references: Sequence[Reference], num_latents: int) -> Region:
+        """References as the modes of the VAE's posteriors, with a row for each result."""
+        settings = self.conditioner.settings
+        images = read_sources([each.image for each in references], settings.image_size)
+        images = images.to(self._execution_device, self.vae.dtype)
+        latents = self.vae.encode(images, return_dict=False)[0].mode().float()
+        masks = latent_masks([each.mask for each in references], settings.latent_size)
+        copies = num_latents // len(references)
+        return Region(
+            reference=(latents * self.vae.config.scaling_factor).repeat_interleave(copies, dim=0),
+            is_edited=masks.to(latents.device).repeat_interleave(copies, dim=0),
+        )
 
     def _denoise(
         self,
-        latents: Latents,
+        noise: Latents,
         guided: GuidedConditioning,
+        region: Region | None,
         generator: Generator | list[Generator] | None,
         callback: Callable[..., dict[str, Any]] | None,
         callback_inputs: list[str],
@@ -248,7 +291,11 @@ class CFLDPipeline(DiffusionPipeline):
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         options = {"generator": generator} if takes_generator else {}
         self._interrupt = False
-        for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        timesteps = self.scheduler.timesteps
+        latents = noise * self.scheduler.init_noise_sigma
+        if region is not None:
+            latents = region.restore(latents, noise, self.scheduler, timesteps[:1])
+        for index, timestep in enumerate(self.progress_bar(timesteps)):
             if self.interrupt:
                 continue
             scaled = self.scheduler.scale_model_input(latents, timestep)
@@ -256,6 +303,9 @@ class CFLDPipeline(DiffusionPipeline):
             latents = self.scheduler.step(
                 predicted, timestep, latents, **options, return_dict=False
             )[0]
+            if region is not None:
+                remaining = timesteps[index + 1 :]
+                latents = region.restore(latents, noise, self.scheduler, remaining[:1])
             if callback is not None:
                 tensors = dict.fromkeys(callback_inputs, latents)
                 latents = callback(self, index, timestep, tensors).pop("latents", latents)
@@ -311,6 +361,15 @@ def _count_rows(num_images: int, num_poses: int) -> int:
             "image, or one pose"
         )
     return max(num_images, num_poses)
+
+
+def _check_sizes(sizes: Sequence[Size], num_rows: int, output_type: str) -> None:
+    if len(sizes) not in (1, num_rows):
+        raise ValueError(f"{len(sizes)} reference images for {num_rows} results: give one or each")
+    if output_type in ("np", "pt") and len(set(sizes)) > 1:
+        raise ValueError(
+            f"images of {sorted(set(sizes))} do not fit one array: give height and width"
+        )
 
 
 def _check_arguments(
