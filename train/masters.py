@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.engine import DeepSpeedEngine, EngineError
+from train.engine import MAX_STAGE, DeepSpeedEngine, EngineError
 
 WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -75,6 +78,8 @@ class Masters:
         parameter = self.parameters[name]
         if self._stage == 0:
             self._own(parameter, kind).data.copy_(value)
+        elif self._stage == MAX_STAGE:
+            self._write_piece(parameter, value, kind)
         elif kind == WEIGHTS:
             self._utils.safe_set_full_fp32_param(parameter, value)
         else:
@@ -89,6 +94,17 @@ class Masters:
     def num_updates(self, value: int) -> None:
         for tensor in self._tensors():
             self._adam.state[tensor]["step"].fill_(value)
+
+    def _write_piece(self, parameter: Any, value: Tensor, kind: str) -> None:
+        # DeepSpeed's setter of whole parameters fails (0.19) where they do not divide by the ranks.
+        size = parameter.ds_tensor.numel()
+        start = size * dist.get_rank()
+        piece = value.flatten()[start : start + size]
+        piece = F.pad(piece, (0, size - piece.numel()))
+        if kind == WEIGHTS:
+            self._utils.safe_set_local_fp32_param(parameter, piece)
+        else:
+            self._utils.safe_set_local_optimizer_state(parameter, piece, kind)
 
     def _own(self, parameter: nn.Parameter, kind: str) -> Tensor:
         tensor = self._copies[id(parameter)]
