@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Conditioner(ModelMixin, ConfigMixin):
                 )
         return conditioner
 
-    @property
+    @cached_property
     def settings(self) -> CFLDConfig:
         """The settings of CFLD."""
         return read_settings(self.config["settings"])

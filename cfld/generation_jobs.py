@@ -6,7 +6,7 @@ import csv
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cfld.images import ImageError, decode_image
-from cfld.keypoints import KeypointsError, read_pose
+from cfld.keypoints import BadRow, KeypointsError, main_person, read_keypoints, read_pose
 from cfld.openpose import PoseNetworkError
 from cfld.pipeline import CFLDPipeline
 from cfld.pipeline_inputs import Estimator, FramedPose, Size, find_person, fit_frame
@@ -74,6 +74,22 @@ class Sampling:
     pose_frame: Size | None = None
     """What keypoints in files refer to; None: each photo's size."""
     batch_size: int = 8
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the pipeline takes for all images."""
+        height, width = self.size or (None, None)
+        return {
+            "height": height,
+            "width": width,
+            "num_inference_steps": self.num_steps,
+            "pose_guidance_scale": self.pose_scale,
+            "appearance_guidance_scale": self.appearance_scale,
+        }
+
+    def generators(self, rows: Iterable[int]) -> list[torch.Generator]:
+        """A generator for each of these rows."""
+        return [torch.Generator().manual_seed(self.seed + row) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -177,6 +193,32 @@ def read_framed_pose(spec: str, frame: Size, estimator: Estimator) -> FramedPose
         raise JobError(str(error) if is_named else f"{spec}: {error}") from error
 
 
+def read_all_poses(spec: str, frame: Size, estimator: Estimator) -> list[FramedPose]:
+    """Read one pose, or those of all images that a keypoint file without a :NAME lists.
+
+    Raises:
+        JobError: As `read_framed_pose`, or if one of the images has no pose.
+        PoseNetworkError: If the estimator cannot be had.
+    """
+    if not (_KEYPOINT_FILE.fullmatch(spec) and Path(spec).is_file()):
+        return [read_framed_pose(spec, frame, estimator)]
+    poses = []
+    try:
+        for entry in read_keypoints(spec):
+            if isinstance(entry, BadRow):
+                raise JobError(f"{spec}: row {entry.row}: {entry.reason}")
+            main = main_person(entry.people)
+            if main is None:
+                raise JobError(f"{spec}: lists nobody with any joint for {entry.name!r}")
+            poses.append(FramedPose(entry.people[main], frame))
+    except ValueError as error:
+        is_named = isinstance(error, (KeypointsError, JobError))
+        raise JobError(str(error) if is_named else f"{spec}: {error}") from error
+    if not poses:
+        raise JobError(f"{spec}: lists no image")
+    return poses
+
+
 def read_photo(path: str) -> UInt8[np.ndarray, "height width 3"]:
     """An image file as RGB.
 
@@ -209,20 +251,13 @@ def run_jobs(
 
 def generate_batch(pipeline: CFLDPipeline, batch: Sequence[Inputs], sampling: Sampling) -> None:
     """Generate the images of a batch and write each under its name once it is whole."""
-    height, width = sampling.size or (None, None)
-    images = pipeline(
+    (images,) = pipeline(
         [inputs.photo for inputs in batch],
         [inputs.pose for inputs in batch],
-        height=height,
-        width=width,
-        num_inference_steps=sampling.num_steps,
-        pose_guidance_scale=sampling.pose_scale,
-        appearance_guidance_scale=sampling.appearance_scale,
-        generator=[
-            torch.Generator().manual_seed(sampling.seed + inputs.job.row) for inputs in batch
-        ],
+        **sampling.arguments,
+        generator=sampling.generators(inputs.job.row for inputs in batch),
         return_dict=False,
-    )[0]
+    )
     for inputs, image in zip(batch, images, strict=True):
         save_image(image, Path(inputs.job.output))
 

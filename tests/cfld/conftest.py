@@ -10,10 +10,12 @@ from pytorch_fid import inception as pytorch_fid
 from torch import nn
 from torchvision.models import alexnet, inception_v3
 
+from cfld.codec import build_codec
 from cfld.config import PRESETS, CFLDConfig
 from cfld.metric_networks import WEIGHTS_URLS
 from cfld.model import CFLD
 from cfld.objective import TrainingBatch, draw_rows
+from cfld.pipeline import CFLDPipeline
 
 TINY = PRESETS["tiny"]
 
@@ -67,6 +69,20 @@ def micro() -> dict[str, CFLDConfig]:
     )
     codec = replace(TINY.codec, kind="vae", factor=2, channels=(16, 32), num_groups=8)
     return {"pixels": pixels, "vae": replace(pixels, codec=codec)}
+
+
+@pytest.fixture(scope="session")
+def weights(
+    micro: dict[str, CFLDConfig],
+    build: Callable[..., CFLD],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
+    """The folder of a saved pipeline with the smallest settings."""
+    folder = tmp_path_factory.mktemp("weights")
+    config = micro["pixels"]
+    model = build(config, stirred=True)
+    CFLDPipeline.from_model(model, build_codec(config.codec)).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture

@@ -6,24 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cfld.codec import build_codec
 from cfld.generate import main
 from cfld.keypoint_writers import write_openpose_json, write_patn_csv
-from cfld.pipeline import CFLDPipeline
 from cfld.pose import draw_skeleton
 from preprocessing.figures import draw_figure
 
 FIRST, SECOND, THIRD = (draw_figure(0, image, size=(96, 64), seed=0) for image in range(3))
 FAST = ["--steps", "2", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def weights(micro, build, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    config = micro["pixels"]
-    model = build(config, stirred=True)
-    CFLDPipeline.from_model(model, build_codec(config.codec)).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
