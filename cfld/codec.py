@@ -1,5 +1,6 @@
 """From images to latents and back: Stable Diffusion's VAE, or pixels rearranged."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class CodecConfig:
     layers_per_block: int = 2
     num_groups: int = 32
     pretrained: str | None = STABLE_DIFFUSION
-    """Hub name or folder of the pipeline (`vae/`) the VAE comes from; random without."""
+    """Hub name or folder of the VAE, or of the pipeline (`vae/`) it comes from; random without."""
 
     def __post_init__(self) -> None:
         if self.kind not in CODECS:
@@ -53,9 +54,7 @@ class VaeCodec(nn.Module):
     def __init__(self, config: CodecConfig, *, pretrained: bool = True) -> None:
         super().__init__()
         if pretrained and config.pretrained:
-            self.vae = AutoencoderKL.from_pretrained(
-                config.pretrained, subfolder="vae", use_safetensors=True
-            )
+            self.vae = load_vae(config.pretrained)
         else:
             self.vae = AutoencoderKL(
                 block_out_channels=tuple(config.channels),
@@ -67,6 +66,15 @@ class VaeCodec(nn.Module):
             )
         self.vae.enable_slicing()
         self.requires_grad_(False)
+
+    def hash_encoder(self) -> str:
+        """SHA-256 of the weights, in fp32, that moments depend on; wherever the VAE was saved."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.vae.state_dict().items()):
+            if name.startswith(("encoder.", "quant_conv.")):
+                digest.update(f"{name} {list(tensor.shape)}".encode())
+                digest.update(tensor.to("cpu", torch.float32).numpy().tobytes())
+        return digest.hexdigest()
 
     def encode(self, images: Images, generator: Generators | None = None) -> Latents:
         """Latents drawn from the posterior of `images`, scaled to about unit variance."""
@@ -133,6 +141,26 @@ class PixelCodec(nn.Module):
     def decode(self, latents: Latents) -> Images:
         """The image a latent was made of."""
         return F.pixel_shuffle(latents - self.shift, self.factor)
+
+
+def load_vae(place: str) -> AutoencoderKL:
+    """Load the VAE at a folder or hub name, or in the `vae` folder of a pipeline there.
+
+    Raises:
+        OSError: If there is none.
+        ValueError: If what is there is no `AutoencoderKL`.
+    """
+    try:
+        subfolder = "vae"
+        config = AutoencoderKL.load_config(place, subfolder=subfolder)
+    except OSError:
+        subfolder = ""
+        config = AutoencoderKL.load_config(place)
+    found = config.get("_class_name")
+    if found != AutoencoderKL.__name__:
+        what = "a network of another library" if found is None else f"a {found}"
+        raise ValueError(f"{place}: holds {what}, not an {AutoencoderKL.__name__}")
+    return AutoencoderKL.from_pretrained(place, subfolder=subfolder, use_safetensors=True)
 
 
 Codec = VaeCodec | PixelCodec

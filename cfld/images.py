@@ -9,8 +9,10 @@ from typing import Literal
 import numpy as np
 import simplejpeg
 import torch
-from jaxtyping import UInt8
+from einops import rearrange
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, twice its warning
@@ -83,6 +85,11 @@ def encode_png(image: UInt8[np.ndarray, "height width 3"]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=6)
     return buffer.getvalue()
+
+
+def to_floats(images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 _ _"]:
+    """Return images as the model takes them: channels first, in [-1, 1]."""
+    return rearrange(images, "b h w c -> b c h w").to(torch.float32) / 127.5 - 1
 
 
 def _open(data: bytes) -> Image.Image:

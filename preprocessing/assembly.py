@@ -67,12 +67,30 @@ def assemble(store: Store, shard_names: Sequence[str], ingredients: Ingredients)
         shards=tuple(shards),
         tables=(
             index_file,
-            _write_table(store, PAIRS_FILE, [pairs]),
-            _write_table(store, REJECTS_FILE, [rejects]),
+            write_rows(store, PAIRS_FILE, [pairs]),
+            write_rows(store, REJECTS_FILE, [rejects]),
         ),
     )
     store.write_bytes(MANIFEST_FILE, manifest.to_json().encode())
     return manifest
+
+
+def write_rows(
+    store: Store, name: str, tables: Iterable[pa.Table], schema: pa.Schema | None = None
+) -> TableFile:
+    """Write tables of one schema one after the other as one parquet file, and describe it."""
+    num_rows = 0
+    with store.new_file(name) as path:
+        writer = None
+        for table in tables:
+            writer = writer or pq.ParquetWriter(path, schema or table.schema, compression="zstd")
+            writer.write_table(table)
+            num_rows += table.num_rows
+        assert writer is not None  # a job without shards ends before
+        writer.close()
+        digest = sha256_of(LocalFileSystem(), str(path))
+        size_bytes = path.stat().st_size
+    return TableFile(name=name, num_rows=num_rows, size_bytes=size_bytes, sha256=digest)
 
 
 def _write_index(
@@ -89,25 +107,8 @@ def _write_index(
             shards.append(shard_of_record(record))
             yield record.select(INDEX_SCHEMA.names).replace_schema_metadata()
 
-    index_file = _write_table(store, INDEX_FILE, records(), INDEX_SCHEMA)
+    index_file = write_rows(store, INDEX_FILE, records(), INDEX_SCHEMA)
     return index_file, pa.concat_tables(kept).combine_chunks(), shards
-
-
-def _write_table(
-    store: Store, name: str, tables: Iterable[pa.Table], schema: pa.Schema | None = None
-) -> TableFile:
-    num_rows = 0
-    with store.new_file(name) as path:
-        writer = None
-        for table in tables:
-            writer = writer or pq.ParquetWriter(path, schema or table.schema, compression="zstd")
-            writer.write_table(table)
-            num_rows += table.num_rows
-        assert writer is not None  # a job without shards ends before
-        writer.close()
-        digest = sha256_of(LocalFileSystem(), str(path))
-        size_bytes = path.stat().st_size
-    return TableFile(name=name, num_rows=num_rows, size_bytes=size_bytes, sha256=digest)
 
 
 def _count(images: pa.Table, pairs: pa.Table) -> dict[str, SplitCounts]:

@@ -15,6 +15,7 @@ from preprocessing.check import check
 from preprocessing.datasets import DATASETS
 from preprocessing.job import JobResult, run_job
 from preprocessing.job_settings import ORIGINAL, JobSettings, SettingsError
+from preprocessing.latent_stage import LatentError, LatentSettings
 from preprocessing.photo_reader import PhotoStoreError
 from preprocessing.store import OutputError, Store
 
@@ -34,17 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("preprocessing").setLevel(logging.INFO)
     try:
-        if options.check:
-            sys.stdout.write(check(DATASETS[options.dataset], options.root))
-            return 0
-        if options.output is None:
+        if options.output is None and not options.check:
             parser.error("--output is needed (or --check)")
         settings = _read_settings(options)
+        if options.check:
+            report = check(DATASETS[options.dataset], options.root)
+            sys.stdout.write(report + _describe_latents(settings))
+            return 0
         result = run_job(settings, num_workers=options.num_workers, ray_address=options.ray_address)
     except (SettingsError, OutputError, FileNotFoundError) as error:
         logger.error("%s", error)
         return 2
-    except (PhotoStoreError, RayError) as error:
+    except (PhotoStoreError, LatentError, RayError) as error:
         logger.error("stopped: %s; what is finished is kept, run the same command again", error)
         return 1
     except KeyboardInterrupt:
@@ -76,6 +78,12 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     images.add_argument("--jpeg-quality", type=int, default=95, metavar="1..100")
     images.add_argument("--shard-size", type=float, default=64, metavar="MB")
+    images.add_argument(
+        "--latents",
+        metavar="VAE",
+        help="store the latents of resized images too, now or in shards that are complete: folder "
+        "or hub name of an AutoencoderKL or its pipeline ('tiny' needs none)",
+    )
     selection = parser.add_argument_group("selection")
     selection.add_argument("--splits", nargs="+", metavar="SPLIT")
     selection.add_argument("--limit", type=int, metavar="N", help="about N photos: whole persons")
@@ -109,7 +117,7 @@ def _read_settings(options: argparse.Namespace) -> JobSettings:
     settings = JobSettings(
         dataset=options.dataset,
         root=options.root,
-        output=options.output,
+        output=options.output or "",
         jpeg_quality=options.jpeg_quality,
         shard_size_bytes=int(options.shard_size * 1e6),
         splits=tuple(sorted(options.splits)) if options.splits else None,
@@ -119,6 +127,7 @@ def _read_settings(options: argparse.Namespace) -> JobSettings:
         keypoints_frame=tuple(options.keypoints_frame) if options.keypoints_frame else None,
         pairs=_read_pairs(options.pairs) if options.pairs else None,
         pose_network=options.pose_network,
+        latents=options.latents,
     )
     if options.image_size is None:
         return settings
@@ -147,6 +156,19 @@ def _files(path: str) -> list[str]:
     if not fs.isdir(place):
         return [path]
     return [fs.unstrip_protocol(file) for file in sorted(fs.glob(f"{place}/*.json"))]
+
+
+def _describe_latents(settings: JobSettings) -> str:
+    """Say what latents would take; empty if none are asked for."""
+    if settings.latents is None:
+        return ""
+    sizes = settings.latent_image_sizes
+    latents = LatentSettings.of(settings.latents, sizes)
+    each = ", ".join(
+        f"{latents.num_bytes(size) / 1e3:,.1f} kB for each image of {size[0]}x{size[1]}"
+        for size in sorted(sizes)
+    )
+    return f"\nlatents of {settings.latents}: {each}; photos kept as they are have none\n"
 
 
 def _summarize(result: JobResult, output: str) -> str:

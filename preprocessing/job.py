@@ -1,4 +1,4 @@
-"""The whole job: listing, keypoints, shards, index and pairs; goes on where it was stopped."""
+"""The whole job: listing, keypoints, shards, pairs, latents; goes on where it was stopped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -33,6 +33,12 @@ from preprocessing.keypoint_stage import (
     estimate_keypoints,
     read_estimates,
 )
+from preprocessing.latent_stage import (
+    LATENTS_FOLDER,
+    LatentSettings,
+    LatentStage,
+    publish_latents,
+)
 from preprocessing.listing_stage import (
     PhotoListing,
     list_dataset,
@@ -53,11 +59,12 @@ from preprocessing.shard_stage import (
     record_file,
 )
 from preprocessing.store import WORK_FOLDER, Store
-from shards.format import MANIFEST_FILE, FormatError, Manifest
+from shards.format import LATENT_SETTINGS, MANIFEST_FILE, FormatError, Manifest
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = f"{WORK_FOLDER}/settings.json"
+_WORK_FOLDERS = (PARTS_FOLDER, RECORDS_FOLDER, LATENTS_FOLDER)
 _MAX_RETRIES = 5  # of a shard whose worker died, or whose photos' store failed
 _PATIENCE_S = 10.0
 
@@ -80,25 +87,33 @@ def run_job(
     Raises:
         SettingsError: If input or settings cannot be used, or the output was made with others.
         OutputError: If the output cannot be written; what is finished is kept.
+        LatentError: If there is an image whose latent cannot be made.
     """
     for url in (settings.root, settings.output):
         require_access(url)
-    store = Store.open(settings.output)
+    store, progress = Store.open(settings.output), Progress()
     try:
         settings = with_published_files(settings)
-        if (manifest := _find_finished(store, settings)) is not None:
-            store.remove_work()
-            return JobResult(manifest=manifest, seconds={})
+        latents = None
+        if settings.latents is not None:
+            latents = LatentSettings.of(settings.latents, settings.latent_image_sizes)
+        publish_latents(store)
+        manifest = _find_finished(store, settings, latents)
         with ExitStack() as stack:
             start_ray = cache(lambda: stack.enter_context(ray_session(ray_address, num_workers)))
-            job = _Job(settings, store, Progress(), start_ray)
-            manifest = job.run()
+            if manifest is None:
+                manifest = _Job(settings, store, progress, start_ray).run()
+            if latents is not None and LATENT_SETTINGS not in manifest.settings:
+                splits = {s for s in manifest.counts if settings.image_size_of(s) is not None}
+                stage = LatentStage(store, manifest, latents, splits)
+                manifest = _add_latents(stage, progress, start_ray)
     except (FileNotFoundError, FormatError, KeypointsError, PoseNetworkError) as error:
-        if not (store.names(PARTS_FOLDER) or store.names(RECORDS_FOLDER)):
+        if not any(store.names(folder) for folder in _WORK_FOLDERS):
             store.remove_work()  # work has not started: other settings may be tried
         raise SettingsError(str(error)) from error
-    store.remove_work()
-    return JobResult(manifest=manifest, seconds=job.progress.seconds)
+    if latents is not None or not store.names(LATENTS_FOLDER):
+        store.remove_work()  # but for latents that were begun, and are not asked for now
+    return JobResult(manifest=manifest, seconds=progress.seconds)
 
 
 @dataclass(frozen=True)
@@ -201,12 +216,28 @@ class _Job:
             yield task.remote(self.store, order, rows), shard.num_photos
 
 
-def _find_finished(store: Store, settings: JobSettings) -> Manifest | None:
-    """Return the manifest if the set is complete; refuse an output of something else."""
+def _add_latents(stage: LatentStage, progress: Progress, start_ray: Callable[[], int]) -> Manifest:
+    stage.begin()
+    total = sum(shard.num_images for shard in stage.shards)
+    num_pending = sum(shard.num_images for shard in stage.pending())
+    if num_pending:
+        num_workers = start_ray()
+        with progress.stage("latents", total, total - num_pending) as bar:
+            stage.encode(num_workers, bar.update)
+    with progress.stage("index with latents"):
+        return stage.finish()
+
+
+def _find_finished(
+    store: Store, settings: JobSettings, latents: LatentSettings | None
+) -> Manifest | None:
+    """Return the manifest if the set is complete, latents aside; refuse one of something else."""
     record = settings.record()
     if store.exists(MANIFEST_FILE):
         where = store.url(MANIFEST_FILE)
         manifest = Manifest.from_json(store.read_bytes(MANIFEST_FILE).decode(), where)
+        if LATENT_SETTINGS in manifest.settings:
+            record[LATENT_SETTINGS] = latents and asdict(latents)
         _require_same(record, manifest.settings, where)
         return manifest
     if store.exists(SETTINGS_FILE):

@@ -29,6 +29,7 @@ class JobSettings:
     in a format of `cfld.keypoints` that refer to `keypoints_frame`, to each image itself where that
     is None; `pairs` maps a split to a `from,to` csv. `pose_network` is what
     `PoseEstimatorConfig.network` says, None for its default. `limit` counts photos, `seed` chooses.
+    `latents` is the folder or hub name of a VAE.
     """
 
     dataset: str
@@ -45,6 +46,7 @@ class JobSettings:
     keypoints_frame: tuple[int, int] | None = None
     pairs: Mapping[str, str] | None = None
     pose_network: str | None = None
+    latents: str | None = None
 
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
@@ -56,15 +58,28 @@ class JobSettings:
         for size in (self.image_size, self.test_image_size, self.keypoints_frame):
             if size is not None and min(size) < 1:
                 raise SettingsError(f"size {size}: height and width must be positive")
+        if self.latents is not None and not self.latent_image_sizes:
+            raise SettingsError(
+                "latents: they are stored of images of one size, but these are kept as they are; "
+                "give --image-size HEIGHT WIDTH"
+            )
 
     def image_size_of(self, split: str) -> tuple[int, int] | None:
         """Return the size that images of a split are stored in, None for photos as they are."""
         return self.test_image_size if split == UNTOUCHED_SPLIT else self.image_size
 
+    @property
+    def latent_image_sizes(self) -> set[tuple[int, int]]:
+        """The sizes of images of which latents may be stored: photos as they are have none."""
+        return {size for size in (self.image_size, self.test_image_size) if size is not None}
+
     def record(self) -> dict[str, Any]:
-        """Return what the manifest keeps: all but the output's place, files with their hashes."""
+        """Return what the manifest keeps: all but the output's place, files with their hashes.
+
+        Latents, which are added to a complete set, bring their own record.
+        """
         record = asdict(self)
-        del record["output"]
+        del record["output"], record["latents"]
         for name in ("image_size", "test_image_size"):
             record[name] = record[name] or ORIGINAL
         record["keypoints"] = {path: _sha256(path) for path in self.keypoints}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import pickle
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -12,13 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
-import ray.data
 from jaxtyping import UInt8
-from ray.util.annotations import RayDeprecationWarning
 
 from cfld.images import ImageError, decode_image
 from cfld.pose_network import PoseEstimator, PoseEstimatorConfig
+from preprocessing.actor_pool import answer, run_actors
 from preprocessing.photo_reader import PhotoStoreError, read_ahead
 from preprocessing.published_keypoints import KEYPOINTS_SCHEMA
 from preprocessing.rejects import rejects_of_columns
@@ -28,13 +23,6 @@ PARTS_FOLDER = f"{WORK_FOLDER}/keypoints"
 
 # What is lost with an actor, and what it holds decoded at once.
 NUM_BLOCK = 64
-
-_ANSWER_SCHEMA = pa.schema([("num_photos", pa.int64()), ("failure", pa.binary())])
-
-# A dead actor is started again, wherever there is room, and its block given to another meanwhile.
-# A photo that kills every actor it meets must not do so for ever.
-_MAX_RESTARTS = 20
-_MAX_TASK_RETRIES = 5
 
 
 def estimate_keypoints(
@@ -56,28 +44,15 @@ def estimate_keypoints(
     ]
     if not blocks:
         return
-    # An ONNX network runs on the CPU, whatever there is.
-    num_gpus = 0 if config.network.lower().endswith(".onnx") else _count_gpus()
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports its plan at every start
-    with warnings.catch_warnings():
-        # Ray means to give these arguments names of their own; until it has, this is the way.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)  # Ray warns of its own defaults
-        done = ray.data.from_arrow(blocks).map_batches(
-            KeypointActor,
-            fn_constructor_args=(store, config),
-            batch_size=None,  # a block
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=min(num_gpus or num_workers, len(blocks))),
-            num_cpus=1,
-            num_gpus=1 if num_gpus else None,
-            max_restarts=_MAX_RESTARTS,
-            max_task_retries=_MAX_TASK_RETRIES,
-        )
-    for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for failure in batch["failure"].drop_null().to_pylist():
-            raise pickle.loads(failure)
-        advance(pc.sum(batch["num_photos"]).as_py())
+    run_actors(
+        KeypointActor,
+        (store, config),
+        blocks,
+        num_workers,
+        advance,
+        # An ONNX network runs on the CPU, whatever there is.
+        use_gpus=not config.network.lower().endswith(".onnx"),
+    )
 
 
 def count_finished(num_photos: int, store: Store) -> int:
@@ -100,17 +75,8 @@ class KeypointActor:
         self._estimator = PoseEstimator(config)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Process a block; processing it again leaves the same file.
-
-        Failures of the output or of the photos' store are returned: raised here they would reach
-        the job as some error of Ray.
-        """
-        failure = None
-        try:
-            self._process(block)
-        except (OutputError, PhotoStoreError) as error:
-            failure = pickle.dumps(error)
-        return pa.table([[block.num_rows], [failure]], schema=_ANSWER_SCHEMA)
+        """Process a block; processing it again leaves the same file."""
+        return answer(self._process, block, (OutputError, PhotoStoreError))
 
     def _process(self, block: pa.Table) -> None:
         photos = [_decode(data) for data in read_ahead(block["path"].to_pylist())]
@@ -170,10 +136,6 @@ class FoundKeypoints:
             detail=found["detail"].combine_chunks(),
             num_rows=bad.num_rows,
         )
-
-
-def _count_gpus() -> int:
-    return int(ray.cluster_resources().get("GPU", 0))
 
 
 def _pending(num_photos: int, store: Store) -> Iterator[tuple[int, int]]:

@@ -17,7 +17,7 @@ from jaxtyping import Int, UInt8
 from cfld.images import ImageError, decode_image, encode_jpeg, resize_image
 from cfld.pose import JOINT_NAMES, draw_skeleton, is_found
 from cfld.web_page import image_uri, make_page, make_table
-from shards.format import FORMAT_VERSION, FormatError, ShardSet, keypoints_array
+from shards.format import FORMAT_VERSION, LATENT_SETTINGS, FormatError, ShardSet, keypoints_array
 
 MAX_ROWS_PER_REASON = 8
 MAX_IMAGES_PER_REASON = 6
@@ -91,6 +91,7 @@ def _describe(shards: ShardSet) -> list[str]:
         ["Shards", f"{len(manifest.shards):,} of {shard_bytes / 1e6:,.2f} MB in all"],
         ["Tables", f"{len(manifest.tables)} of {table_bytes / 1e6:,.2f} MB in all"],
         ["Left out of the shards or of all pairs", f"{sum(manifest.rejects.values()):,}"],
+        ["Latents", manifest.settings.get(LATENT_SETTINGS, {}).get("vae", "none")],
         ["Format", f"version {FORMAT_VERSION}"],
         ["Listing (sha256)", manifest.input_sha256],
     ]

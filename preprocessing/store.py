@@ -105,6 +105,28 @@ class Store:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def move(self, name: str, new_name: str) -> None:
+        """Give a file another name, replacing one of that name.
+
+        Raises:
+            OutputError: If the place cannot be written to.
+        """
+        try:
+            if self.is_local:
+                Path(self.path(name)).replace(self.path(new_name))
+            else:
+                self.fs.mv(self.path(name), self.path(new_name))
+        except OSError as error:
+            raise OutputError(
+                f"{self.url(name)} could not become {self.url(new_name)}: "
+                f"{error.strerror or error}. Give permission, then run the same command again"
+            ) from error
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if there is one."""
+        if self.exists(name):
+            self.fs.rm_file(self.path(name))
+
     def remove_temporary(self) -> None:
         """Remove what killed processes left; not while others still write here."""
         if self.is_local:

@@ -33,6 +33,7 @@ from shards.format import (
 
 MAX_PROBLEMS_PER_FILE = 10
 
+_LATENT_AXES = 3
 _BLOCK = tarfile.BLOCKSIZE
 _NUM_THREADS = 4
 _READ_SIZE_BYTES = 4 << 20
@@ -244,6 +245,20 @@ def _explain_content(member: _Member, content: bytes) -> Iterator[str]:
         else:
             if image.shape[:2] != size:
                 yield f"{member.name} is {image.shape[:2]} pixels high and wide, not {size}"
+    else:
+        yield from _explain_latent(member.name, content)
+
+
+def _explain_latent(name: str, content: bytes) -> Iterator[str]:
+    try:
+        latent = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        yield f"{name} is no array of numpy ({error})"
+        return
+    if latent.dtype != np.float16 or latent.ndim != _LATENT_AXES:
+        yield f"{name} is {latent.dtype} of shape {list(latent.shape)}, not float16 of three axes"
+    elif not np.isfinite(latent).all():
+        yield f"{name} holds numbers that are not finite"
 
 
 def _differing_fields(content: bytes, row: Mapping[str, Any]) -> list[str] | None:

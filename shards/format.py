@@ -37,6 +37,9 @@ MEMBER_SUFFIXES = {
     "latent": "latent.npy",
 }
 
+# Which of the manifest's settings says whose latents a set stores; absent if it stores none.
+LATENT_SETTINGS = "latents"
+
 SAMPLE_FIELDS = (
     "key",
     "name",

@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cfld.codec import Codec, VaeCodec
 from cfld.config import CFLDConfig
+from cfld.images import to_floats
 from cfld.objective import Draws, TrainingBatch
 from cfld.pose import make_pose_maps
 from train.batch import Batch
+from train.loader import Loader
 from train.randomness import Stream, noise_for, uniforms_for
 
 
@@ -76,9 +78,32 @@ class BatchMaker:
         return tensor.contiguous(memory_format=self._memory_format)
 
 
-def to_floats(images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 _ _"]:
-    """Return images as the model takes them: channels first, in [-1, 1]."""
-    return rearrange(images, "b h w c -> b c h w").to(torch.float32) / 127.5 - 1
+def check_latents(loader: Loader, config: CFLDConfig, codec: Codec) -> None:
+    """Refuse stored latents that the run's own codec would not have made.
+
+    Raises:
+        ValueError: If their shape is another, or a set names another VAE.
+    """
+    if loader.latent_shape is None:
+        return
+    remedy = "or encode images in every step: '--set loader.use_latents=false'"
+    expected = (2 * config.codec.latent_channels, *config.latent_size)
+    if loader.latent_shape != expected:
+        raise ValueError(
+            f"stored latents have the shape {list(loader.latent_shape)}, the model needs "
+            f"{list(expected)}; build the shards with --image-size {config.image_size[0]} "
+            f"{config.image_size[1]} and --latents of the model's VAE, {remedy}"
+        )
+    if not isinstance(codec, VaeCodec):
+        return
+    sha256 = codec.hash_encoder()
+    for identity, latents in zip(loader.table.identities, loader.table.latents_of, strict=True):
+        if latents and latents["sha256"] != sha256:
+            raise ValueError(
+                f"the stored latents of {identity.dataset} are of the VAE {latents['vae']}, whose "
+                f"weights are not those of model.codec.pretrained, {config.codec.pretrained}; use "
+                f"one VAE for both, {remedy}"
+            )
 
 
 def seed_layers(seed: int, batch: Batch) -> None:

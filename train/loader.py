@@ -157,6 +157,11 @@ class Loader:
                 self._position = self._after(task)
                 yield batch
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int] | None:
+        """Channels (means, then log-variances), height, width of stored latents; None: not used."""
+        return self._shape.latent_shape
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what must be the same for a run to continue from it."""
         epoch, step = self._position

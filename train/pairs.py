@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 from jaxtyping import Float32, Int
 
-from shards.format import FormatError, ShardSet, keypoints_array, open_shards
+from shards.format import (
+    LATENT_SETTINGS,
+    FormatError,
+    ShardSet,
+    keypoints_array,
+    open_shards,
+)
 from train.order import PairSet
 from train.shard_cache import Shard
 
@@ -65,6 +72,8 @@ class PairTable:
     keypoints: Float32[np.ndarray, "rows 18 3"]
     frame: Int[np.ndarray, "rows 2"]
     keys: pa.ChunkedArray
+    latents_of: tuple[Mapping[str, Any] | None, ...]
+    """Of each set, what its manifest says of the VAE that its latents come from."""
 
     def pair_keys(self, pairs: Int[np.ndarray, " pairs"]) -> list[tuple[str, str]]:
         """Return the keys of the source and the target image of each pair."""
@@ -104,6 +113,7 @@ def read_pairs(configs: Sequence[SetConfig]) -> PairTable:
         keypoints=np.concatenate([part.keypoints for part in parts]),
         frame=np.concatenate([part.frame for part in parts]),
         keys=pa.chunked_array([chunk for part in parts for chunk in part.keys.chunks]),
+        latents_of=tuple(each for part in parts for each in part.latents_of),
     )
 
 
@@ -139,6 +149,7 @@ def _read_set(config: SetConfig, first_row: int, first_shard: int) -> PairTable:
         keypoints=keypoints_array(index),
         frame=np.stack([index["height"].to_numpy(), index["width"].to_numpy()], axis=1),
         keys=index["key"],
+        latents_of=(shards.manifest.settings.get(LATENT_SETTINGS),),
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from cfld.codec import build_codec
 from cfld.images import encode_png
 from train.batch import Batch
-from train.batches import BatchMaker
+from train.batches import BatchMaker, check_latents
 from train.checkpoint import Position, find_latest, open_checkpoint, save_checkpoint, share_out
 from train.config import TrainConfig
 from train.ema import Ema
@@ -62,7 +62,9 @@ class Trainer:
         self.num_steps = config.num_steps(self._loader.steps_per_epoch)
         self.step = 0
         dtype = _DTYPES.get(config.engine.precision, torch.float32)
-        self._codec = build_codec(config.model.codec).to(ranks.device, dtype)
+        codec = build_codec(config.model.codec)
+        check_latents(self._loader, config.model, codec)
+        self._codec = codec.to(ranks.device, dtype)
         checkpoint = ranks.broadcast(find_latest(self.run_folder) if ranks.is_first else None)
         self._start_engine(checkpoint, extra)
         self._stepper = Stepper(
