@@ -1,248 +1,238 @@
-"""Score a folder of generated images, from any method, by the paper's protocol."""
+"""Scores by the paper's protocol: of a model on a split, or of any method's generated images."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
+import re
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from einops import rearrange
-
-from cfld.frechet import FeatureStatistics
-from cfld.metric_networks import NETWORK_METRICS, MetricNetworks, load_metric_networks
-from cfld.metrics import PAIR_METRICS
-from cfld.paper_tables import format_score, markdown_table
-from cfld.photo_source import Pair, PhotoSource, SourceError, open_photos
+from cfld.evaluation import METRICS, Protocol, check_number, check_oneself, evaluate, open_protocol
+from cfld.generation_options import make_parser, positive, read_device, run_command
+from cfld.image_workers import choose_devices, run_job
+from cfld.pair_images import ImageSettings, choose_pairs, plan_job, read_identity, reserved
+from cfld.paper_tables import TABLE_3, TABLE_5, format_score, markdown_table
+from cfld.photo_source import PhotoSource, SourceError, open_photos
 from cfld.report import Evaluation, write_report
 from cfld.result_files import (
     KNOWN_PATTERNS,
+    PATTERN,
     Panel,
     ResultError,
     ResultFiles,
+    check_results,
     find_results,
-    inspect_results,
-    name_of,
-    read_panel,
 )
-from cfld.scoring import (
-    ImagePair,
-    Pixels,
-    map_ahead,
-    protocol_images,
-    protocol_target,
-    reference_statistics,
-    score,
-)
+from cfld.result_reader import ResultReader
+from cfld.studies import GUIDANCE_SCALES, StudyRow, write_study
 
-logger = logging.getLogger(__name__)
-
-FIDS = ("fid_paper", "fid")
-NUM_NAMES_SHOWN = 10
+logger = logging.getLogger("cfld.evaluate")  # run as a command, __name__ is another
 
 _EXAMPLE = """\
-example, a row of the paper's Table 2 from a released result set:
+examples:
+  python -m cfld.evaluate --weights weights --shards shards/deepfashion --output scores/ours
+  python -m cfld.evaluate --weights weights --shards shards/deepfashion --sweep guidance \\
+      --output scores/guidance
+  python -m cfld.evaluate --ablations B1=weights/b1 CFLD=weights/full --shards shards/deepfashion \\
+      --output scores/ablations
   python -m cfld.evaluate --generated results/PIDM --targets shards/deepfashion \\
-      --reference shards/deepfashion --size 256 176 --output scores/PIDM
+      --reference shards/deepfashion --output scores/PIDM
 
-known file names: """ + "; ".join(f"{pattern} ({who})" for pattern, who in KNOWN_PATTERNS.items())
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResultReader:
-    """Reads a result set at the protocol's size; a target is decoded once for all its pairs."""
-
-    results: ResultFiles
-    targets: PhotoSource
-    size: tuple[int, int]
-    panel: Panel
-
-    def read_all(self) -> Iterator[ImagePair]:
-        """Yield all pairs, those of one target together, decoded ahead on all cores."""
-        of_target = defaultdict(list)
-        for pair in self.results.files:
-            of_target[pair[1]].append(pair)
-        groups = map_ahead(lambda item: self._read(*item), of_target.items())
-        yield from chain.from_iterable(groups)
-
-    def read(self, name: str) -> ImagePair:
-        """Read one pair by the name it is scored under."""
-        pair = next(pair for pair in self.results.files if name_of(pair) == name)
-        return self._read(pair[1], [pair])[0]
-
-    def _read(self, target: str, pairs: Sequence[Pair]) -> list[ImagePair]:
-        photo = protocol_target(self.targets, target, self.size)
-        return [ImagePair(name_of(pair), self._generated(pair), photo) for pair in pairs]
-
-    def _generated(self, pair: Pair) -> Pixels:
-        image = read_panel(self.results.files[pair], self.panel)
-        if image.shape[:2] == self.size:
-            return image
-        batch = rearrange(torch.from_numpy(image.copy()), "h w c -> 1 c h w").float() / 255
-        return np.asarray(rearrange(protocol_images(batch, self.size), "1 c h w -> h w c"))
+The same command run again goes on where it was stopped. Known file names of --generated:
+  """ + "\n  ".join(f"{pattern} ({who})" for pattern, who in KNOWN_PATTERNS.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = _parse(arguments)
+    return run_command(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
-        evaluation, reader = evaluate_results(args)
+        args.device = read_device(args.device)
+        photos, protocol = _open(args)
+        if args.generated:
+            table = _means_table(_evaluate_generated(args, photos, protocol))
+        elif args.ablations or args.sweep:
+            table = _run_study(args, photos, protocol)
+        else:
+            table = _means_table(_evaluate_weights(args, photos, protocol).evaluation)
     except (ResultError, SourceError) as error:
         logger.error("%s", error)
         return 2
-    write_report(args.output, evaluation, reader.read)
-    rows = [[name, format_score(name, value)] for name, value in evaluation.means().items()]
-    sys.stdout.write(markdown_table(["metric", "value"], rows))
-    for name, reason in evaluation.scores.missing.items():
-        logger.warning("no %s: %s", name, reason)
+    sys.stdout.write(table)
     logger.info("report: %s", args.output / "report.html")
     return 0
 
 
-def evaluate_results(args: argparse.Namespace) -> tuple[Evaluation, ResultReader]:
-    """Check a folder of generated images, then score it.
-
-    Raises:
-        ResultError, SourceError: If it can't be scored as it is; nothing has been computed then.
-    """
-    size = (args.size[0], args.size[1])
-    targets = open_photos(args.targets, args.split, args.pairs)
-    reference = open_photos(args.reference, args.reference_split) if args.reference else None
-    results = find_results(args.generated, targets, args.pattern)
-    notes = _check_results(results, args)
-    networks = _load_networks(args, reference)
-    reader = ResultReader(results=results, targets=targets, size=size, panel=args.panel)
-    metrics = [name for name in PAIR_METRICS if name in args.metrics]
-    scores = score(reader.read_all(), networks, metrics)
-    references: dict[str, FeatureStatistics] = {}
-    if reference is not None:
-        references = reference_statistics(reference, size, networks, args.cache)
-    evaluation = Evaluation(
-        title=f"Scores of {args.generated.name}",
-        size=size,
-        settings={
-            "generated": str(args.generated),
-            "file names": results.pattern,
-            "targets": f"{args.targets} ({args.split})",
-            "targets sha256": targets.sha256,
-            "FID reference": reference.where if reference else None,
-            "FID reference sha256": reference.sha256 if reference else None,
-            "FID reference images": len(reference.places) if reference else None,
-        },
-        scores=scores,
-        fids=scores.fids(references),
-        missing_images=results.missing,
-        surplus_images=results.surplus,
-        notes=(*notes, *filter(None, [targets.note])),
+def _evaluate_generated(
+    args: argparse.Namespace, photos: PhotoSource, protocol: Protocol
+) -> Evaluation:
+    results = find_results(args.generated, photos, args.pattern)
+    notes = check_results(
+        results, protocol.size, args.panel, resize=args.resize, allow_missing=args.allow_missing
     )
-    return evaluation, reader
+    check_number(len(results.files), protocol)
+    reader = ResultReader(files=results.files, photos=photos, size=protocol.size, panel=args.panel)
+    evaluation = evaluate(
+        f"Scores of {args.generated.name}",
+        reader,
+        protocol,
+        settings={"generated": str(args.generated), "file names": results.pattern},
+        notes=notes,
+    )
+    evaluation = replace(evaluation, missing_images=results.missing, surplus_images=results.surplus)
+    write_report(args.output, evaluation, reader.read)
+    return evaluation
 
 
-def _check_results(results: ResultFiles, args: argparse.Namespace) -> tuple[str, ...]:
-    """Refuse a result set that cannot be scored as it is; return what must be mentioned."""
-    problems = inspect_results(results, args.panel)
-    size = (args.size[0], args.size[1])
-    faults = []
-    if problems.unreadable:
-        faults.append(_listed("are no readable images", sorted(problems.unreadable)))
-    if problems.transparent:
-        faults.append(
-            _listed("have transparent pixels; lay them over a background", problems.transparent)
+def _run_study(args: argparse.Namespace, photos: PhotoSource, protocol: Protocol) -> str:
+    """Evaluate several weights, or one with several scales, each in a folder of its own."""
+    if args.sweep:
+        scales = GUIDANCE_SCALES | {f"{pose}, {app}": (pose, app) for pose, app in args.scales}
+        variants = {
+            label: _with(args, output=f"pose_{pose}_appearance_{app}", pose_scale=pose,
+                         appearance_scale=app)
+            for label, (pose, app) in scales.items()
+        }  # fmt: skip
+    else:
+        variants = {
+            label: _with(args, output=label, weights=folder) for label, folder in args.ablations
+        }
+        for each in variants.values():  # what is wrong is to be found before hours of work
+            read_identity(each.weights)
+    rows: dict[str, StudyRow] = {}
+    self_checks = None
+    for label, each in variants.items():
+        logger.info("row %r", label)
+        rows[label] = _evaluate_weights(each, photos, protocol, self_checks)
+        self_checks = rows[label].evaluation.self_checks
+    return write_study(args.output, TABLE_5 if args.sweep else TABLE_3, rows)
+
+
+def _with(args: argparse.Namespace, output: str, **changes: Any) -> argparse.Namespace:
+    """Other arguments, with a folder below the output."""
+    return argparse.Namespace(**vars(args) | changes | {"output": args.output / output})
+
+
+def _evaluate_weights(
+    args: argparse.Namespace,
+    photos: PhotoSource,
+    protocol: Protocol,
+    self_checks: Mapping[str, Mapping[str, float]] | None = None,
+) -> StudyRow:
+    """Generate what is not there yet, then score it; self-checks are computed if not given."""
+    weights, output = args.weights, args.output
+    weights_sha256, scheduler = read_identity(weights)
+    settings = ImageSettings(
+        weights_sha256=weights_sha256,
+        photos_sha256=photos.sha256,
+        scheduler=args.scheduler or scheduler,
+        num_steps=args.steps,
+        pose_scale=args.pose_scale,
+        appearance_scale=args.appearance_scale,
+        seed=args.seed,
+        dtype=args.dtype or ("fp16" if args.device.startswith("cuda") else "fp32"),
+    )
+    pairs = choose_pairs(photos.pairs or (), args.num_pairs)
+    if not pairs:
+        raise SourceError(f"{photos.where}: there are no pairs of split {args.split!r}")
+    check_number(len(pairs), protocol)
+    job = plan_job(
+        output, weights, photos, pairs, settings,
+        batch_size=args.batch_size, reconstruct=self_checks is None,
+    )  # fmt: skip
+    with reserved(job):
+        run_job(job, choose_devices(args.device, args.workers))
+        if self_checks is None:
+            folder = output / "reconstructions"
+            self_checks = check_oneself(pairs, photos, folder, protocol)
+        results = ResultFiles(
+            folder=output / "images", pattern=PATTERN,
+            files={pair: job.image_path(pair) for pair in pairs}, missing=(), surplus=(),
+        )  # fmt: skip
+        notes = check_results(results, protocol.size, Panel(), resize=True, allow_missing=False)
+        if len(pairs) < (num_pairs := len(photos.pairs or ())):
+            part = f"{len(pairs)} of the {num_pairs} pairs, chosen by a hash of their names"
+            notes = (*notes, f"Only {part}, were generated")
+        reader = ResultReader(files=results.files, photos=photos, size=protocol.size)
+        evaluation = evaluate(
+            f"Scores of {weights.name or weights}",
+            reader,
+            protocol,
+            settings={"weights": str(weights), **asdict(settings)},
+            notes=notes,
+            self_checks=self_checks,
         )
-    wrong = {each: names for each, names in problems.sizes.items() if each != size}
-    if wrong and not args.resize:
-        for (height, width), names in wrong.items():
-            hint = f"are {height}x{width}, not {size[0]}x{size[1]}; --resize brings them there"
-            if height == size[0] and width % size[1] == 0:
-                count = width // size[1]
-                hint = f"are strips of {count} images; --panel {count}/{count} takes the last"
-            faults.append(_listed(hint, names))
-    if not args.allow_missing:
-        for kind, names in (("are missing", results.missing), ("fit no pair", results.surplus)):
-            if names:
-                faults.append(_listed(f"{kind}; --allow-missing scores the others", names))
-    if len(results.files) < 2 and args.reference and set(FIDS) & set(args.metrics):
-        faults.append("FID needs at least 2 generated images, this is 1; leave it out of --metrics")
-    if faults:
-        raise ResultError("\n".join(f"{results.folder}: {fault}" for fault in faults))
-    if wrong:
-        count = sum(map(len, wrong.values()))
-        return (*problems.notes, f"{count} generated images were resized from {sorted(wrong)}")
-    return problems.notes
+        write_report(output, evaluation, reader.read)
+    return StudyRow(evaluation, output.name, reader)
 
 
-def _listed(what: str, names: Sequence[str]) -> str:
-    shown = "".join(f"\n  {name}" for name in names[:NUM_NAMES_SHOWN])
-    rest = len(names) - NUM_NAMES_SHOWN
-    return f"{len(names)} {what}:{shown}" + (f"\n  … and {rest} more" if rest > 0 else "")
-
-
-def _load_networks(args: argparse.Namespace, reference: PhotoSource | None) -> MetricNetworks:
-    wanted = [name for name in NETWORK_METRICS if name in args.metrics]
-    without = [] if reference is not None else [name for name in wanted if name in FIDS]
-    networks = load_metric_networks(
-        [name for name in wanted if name not in without], args.metric_weights, args.device
+def _open(args: argparse.Namespace) -> tuple[PhotoSource, Protocol]:
+    photos = open_photos(args.targets, args.split, args.pairs)
+    reference = None
+    if args.reference:
+        reference = open_photos(args.reference, args.reference_split)
+    elif not args.generated and args.reference_split in photos.splits:
+        reference = open_photos(args.targets, args.reference_split)
+    protocol = open_protocol(
+        (args.size[0], args.size[1]),
+        args.metrics,
+        reference,
+        weights_dir=args.metric_weights,
+        device=args.device,
+        cache=args.cache,
     )
-    reasons = dict.fromkeys(without, "it needs the photos of --reference")
-    return replace(networks, missing=networks.missing | reasons)
+    return photos, protocol
+
+
+def _means_table(evaluation: Evaluation) -> str:
+    rows = [[name, format_score(name, value)] for name, value in evaluation.means().items()]
+    return markdown_table(["metric", "value"], rows)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m cfld.evaluate",
-        description=__doc__,
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser("cfld.evaluate", __doc__, _EXAMPLE)
+    what = parser.add_argument_group("what to score, one of").add_mutually_exclusive_group(
+        required=True
     )
-    what = parser.add_argument_group("what to score")
-    what.add_argument("--generated", type=Path, required=True, metavar="DIR")
-    what.add_argument("--pattern", help="how files are named, such as '{source}_to_{target}.png'")
+    what.add_argument("--weights", type=Path, metavar="DIR", help="a pipeline: generate, score")
     what.add_argument(
-        "--panel",
-        type=Panel.parse,
-        default=Panel(),
-        metavar="K/N",
-        help="files are strips of N images",
-    )
-    what.add_argument(
-        "--resize", action="store_true", help="accept other sizes and resize as the protocol does"
-    )
-    what.add_argument(
-        "--allow-missing", action="store_true", help="go on with images missing or left over"
-    )
+        "--ablations", type=_named_folder, nargs="+", metavar="NAME=DIR",
+        help="several pipelines, beside Table 3 (B1 to B5, CFLD)",
+    )  # fmt: skip
+    what.add_argument("--generated", type=Path, metavar="DIR", help="a folder of any images")
     against = parser.add_argument_group("against what")
-    against.add_argument("--targets", required=True, metavar="SHARDS|DIR", help="the real photos")
+    against.add_argument(
+        "--shards", "--targets", dest="targets", required=True, metavar="SHARDS|DIR",
+        help="photos and pairs; for --generated a folder of photos will do",
+    )  # fmt: skip
     against.add_argument("--split", default="test", help="of shards (default: %(default)s)")
     against.add_argument("--pairs", type=Path, metavar="CSV", help="published list: from,to")
-    against.add_argument("--reference", metavar="SHARDS|DIR", help="photos FID compares with")
+    against.add_argument(
+        "--reference", metavar="SHARDS|DIR",
+        help="photos FID compares with (default: --shards, if they have the split)",
+    )  # fmt: skip
     against.add_argument(
         "--reference-split", default="train", metavar="SPLIT", help="(default: %(default)s)"
     )
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--size", type=int, nargs=2, default=[256, 176], metavar=("HEIGHT", "WIDTH"),
-        help="256 176 (default), 512 352 or 128 64",
-    )  # fmt: skip
-    how.add_argument(
-        "--metrics", nargs="+", choices=(*PAIR_METRICS, *NETWORK_METRICS),
-        default=(*PAIR_METRICS, *NETWORK_METRICS), metavar="NAME",
-        help=f"of {', '.join((*PAIR_METRICS, *NETWORK_METRICS))} (default: all)",
-    )  # fmt: skip
-    how.add_argument(
-        "--metric-weights", type=Path, metavar="DIR", help="folder of the networks' published files"
-    )
-    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    how.add_argument("--cache", type=Path, default=_cache_dir(), help="(default: %(default)s)")
-    how.add_argument("--output", type=Path, required=True, metavar="DIR")
+    _add_generation(parser.add_argument_group("generation"))
+    _add_files(parser.add_argument_group("files of --generated"))
+    _add_scores(parser.add_argument_group("scores"))
     args = parser.parse_args(arguments)
+    if args.sweep and not args.weights:
+        parser.error("--sweep needs --weights")
+    if args.scales and not args.sweep:
+        parser.error("--scales needs --sweep guidance")
+    names = [name for name, _ in args.ablations or ()]
+    if len(set(names)) < len(names):
+        parser.error(f"--ablations: {names} has a name twice")
     for name in ("generated", "metric_weights", "pairs"):
         path = getattr(args, name)
         if path is not None and not path.exists():
@@ -250,8 +240,70 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _add_generation(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--sweep", choices=("guidance",), help="the rows of Table 5")
+    group.add_argument(
+        "--scales", type=_scale_pair, nargs="+", default=[], metavar="POSE,APPEARANCE",
+        help="more rows of the sweep",
+    )  # fmt: skip
+    group.add_argument("--steps", type=positive, default=50, metavar="N")
+    group.add_argument("--scheduler", metavar="NAME", help="such as ddim (default: as saved)")
+    group.add_argument("--pose-scale", type=float, default=2.0, metavar="W")
+    group.add_argument("--appearance-scale", type=float, default=2.0, metavar="W")
+    group.add_argument("--seed", type=int, default=0, help="each pair's noise has its own from it")
+    group.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="(default: fp16 on a GPU)")
+    group.add_argument("--num-pairs", type=positive, metavar="N", help="only so many, for a trial")
+    group.add_argument("--batch-size", type=positive, default=8, metavar="N")
+    group.add_argument(
+        "--workers", type=positive, metavar="N", help="processes (default: one for each GPU)"
+    )
+
+
+def _add_files(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--pattern", help="how they are named, such as '{source}_to_{target}.png'")
+    group.add_argument(
+        "--panel", type=Panel.parse, default=Panel(), metavar="K/N", help="they are strips of N"
+    )
+    group.add_argument("--resize", action="store_true", help="accept other sizes than --size")
+    group.add_argument(
+        "--allow-missing", action="store_true", help="go on with images missing or left over"
+    )
+
+
+def _add_scores(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--size", type=positive, nargs=2, default=[256, 176], metavar=("HEIGHT", "WIDTH"),
+        help="256 176 (default), 512 352 or 128 64",
+    )  # fmt: skip
+    group.add_argument(
+        "--metrics", nargs="+", choices=METRICS, default=METRICS, metavar="NAME",
+        help=f"of {', '.join(METRICS)} (default: all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--metric-weights", type=Path, metavar="DIR", help="folder of the networks' published files"
+    )
+    group.add_argument("--device", default="auto", metavar="NAME", help="such as cuda:1 or cpu")
+    group.add_argument("--cache", type=Path, default=_cache_dir(), help="(default: %(default)s)")
+    group.add_argument("--output", type=Path, required=True, metavar="DIR")
+
+
 def _cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cfld" / "fid"
+
+
+def _named_folder(word: str) -> tuple[str, Path]:
+    name, separator, folder = word.partition("=")
+    if not separator or not folder or not re.fullmatch(r"\w[\w.+-]*", name):
+        raise argparse.ArgumentTypeError(f"{word!r} is not NAME=DIR, such as B1=weights/b1")
+    return name, Path(folder)
+
+
+def _scale_pair(word: str) -> tuple[float, float]:
+    try:
+        pose, appearance = map(float, word.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{word!r} is not POSE,APPEARANCE, as 1.5,2") from error
+    return pose, appearance
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,17 +59,8 @@ def load_pipeline(weights: str, *, device: str, dtype: str, scheduler: str | Non
     Raises:
         WeightsError: If the folder holds none, or device, dtype or scheduler cannot be had.
     """
-    index = Path(weights) / "model_index.json"
-    try:
-        found = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(
-            f"{weights}: no weights of this project (no readable model_index.json); give the "
-            "folder that the training or cfld.import_official has written"
-        ) from error
-    if found != CFLDPipeline.__name__:
-        raise WeightsError(f"{weights}: holds a {found}, not a {CFLDPipeline.__name__}")
-    device = _read_device(device)
+    read_index(weights)
+    device = read_device(device)
     if dtype == "auto":
         dtype = "fp16" if device.startswith("cuda") else "fp32"
     try:
@@ -86,6 +78,42 @@ def load_pipeline(weights: str, *, device: str, dtype: str, scheduler: str | Non
             raise WeightsError(f"--scheduler {scheduler}: choose one of {', '.join(choices)}")
         pipeline.scheduler = choices[scheduler].from_config(pipeline.scheduler.config)
     return pipeline.to(device)
+
+
+def read_index(weights: str | Path) -> dict[str, Any]:
+    """What `model_index.json` says of a pipeline's components.
+
+    Raises:
+        WeightsError: If the folder holds none, or another pipeline.
+    """
+    try:
+        index: dict[str, Any] = json.loads(
+            (Path(weights) / "model_index.json").read_text(encoding="utf-8")
+        )
+        found = index["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{weights}: no weights of this project (no readable model_index.json); give the "
+            "folder that the training or cfld.import_official has written"
+        ) from error
+    if found != CFLDPipeline.__name__:
+        raise WeightsError(f"{weights}: holds a {found}, not a {CFLDPipeline.__name__}")
+    return index
+
+
+def read_device(device: str) -> str:
+    """The name of a device; `auto` is the GPU if there is one.
+
+    Raises:
+        WeightsError: If there is no such device.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise WeightsError(f"--device {device}: {error}") from error
+    return device
 
 
 def make_parser(name: str, description: str | None, epilog: str) -> argparse.ArgumentParser:
@@ -172,13 +200,3 @@ def load_chosen(options: argparse.Namespace) -> CFLDPipeline:
     return load_pipeline(
         options.weights, device=options.device, dtype=options.dtype, scheduler=options.scheduler
     )
-
-
-def _read_device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise WeightsError(f"--device {device}: {error}") from error
-    return device

@@ -85,7 +85,9 @@ def pair_metrics(
     Raises:
         ValueError: If a name is unknown, or the images are smaller than a window.
     """
-    _check(generated, names)
+    if unknown := sorted(set(names).difference(PAIR_METRICS)):
+        raise ValueError(f"unknown metric {unknown}; there are {list(PAIR_METRICS)}")
+    check_windows((generated.shape[-2], generated.shape[-1]), names)
     generated, target = generated.float(), target.float()
     if generated.device.type != "cpu":
         values = _pair_metrics(generated, target, names, _window_means_on_device)
@@ -99,10 +101,13 @@ def pair_metrics(
     return {name: torch.from_numpy(np.concatenate([row[name] for row in rows])) for name in names}
 
 
-def _check(images: Tensor, names: Collection[str]) -> None:
-    if unknown := sorted(set(names).difference(PAIR_METRICS)):
-        raise ValueError(f"unknown metric {unknown}; there are {list(PAIR_METRICS)}")
-    height, width = images.shape[-2:]
+def check_windows(size: tuple[int, int], names: Collection[str]) -> None:
+    """Check that metrics can be computed of images of a size (height, width).
+
+    Raises:
+        ValueError: If the images are smaller than a metric's window.
+    """
+    height, width = size
     for name, window in (("ssim_paper", _UNIFORM), ("ssim_256", _GAUSSIAN), ("ssim", _GAUSSIAN)):
         if name in names and min(height, width) < len(window):
             raise ValueError(

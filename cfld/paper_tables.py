@@ -18,9 +18,13 @@ _INF = float("inf")
 
 @dataclass(frozen=True, kw_only=True)
 class PaperTable:
-    """One table: for each row a label and its values under `columns`, None where none is given."""
+    """One table: for each row a label and its values under `columns`, None where none is given.
+
+    `dataset` is what our shards call the photos.
+    """
 
     title: str
+    dataset: str = "deepfashion"
     columns: tuple[str, ...]
     rows: Mapping[str, tuple[float | None, ...]]
 
@@ -73,6 +77,7 @@ TABLE_3 = PaperTable(
 )
 TABLE_4 = PaperTable(
     title="Market-1501, 128x64 (CFLD Table 4)",
+    dataset="market1501",
     columns=_FOUR,
     rows={
         "GFLA": (19.740, 0.2815, 0.2808, 14.337),
@@ -100,8 +105,10 @@ TABLE_5 = PaperTable(
 TABLE_OF_SIZE = {(256, 176): TABLE_2_256, (512, 352): TABLE_2_512, (128, 64): TABLE_4}
 
 
-def compare(table: PaperTable, ours: Mapping[str, Mapping[str, float]]) -> str:
-    """Return a table as Markdown with our scores in a column beside each of the paper's.
+def compare(
+    table: PaperTable, ours: Mapping[str, Mapping[str, float]]
+) -> tuple[list[str], list[list[str]]]:
+    """Return the header and rows of a table with our scores in a column beside each of the paper's.
 
     `ours` holds scores by our metric names, by row label; labels the paper lacks become rows of
     their own at the end.
@@ -110,9 +117,9 @@ def compare(table: PaperTable, ours: Mapping[str, Mapping[str, float]]) -> str:
     for column in table.columns:
         header += [f"{column}, paper", f"{column}, ours"]
     labels = [*table.rows, *(label for label in ours if label not in table.rows)]
-    body = []
+    rows = []
     for label in labels:
-        cells = [f"**{label}**" if label in ours else label]
+        cells = [label]
         for i, column in enumerate(table.columns):
             metric = COLUMNS[column]
             paper = table.rows[label][i] if label in table.rows else None
@@ -120,8 +127,8 @@ def compare(table: PaperTable, ours: Mapping[str, Mapping[str, float]]) -> str:
                 format_score(metric, paper),
                 format_score(metric, ours.get(label, {}).get(metric)),
             ]
-        body.append(cells)
-    return markdown_table(header, body)
+        rows.append(cells)
+    return header, rows
 
 
 def format_score(metric: str, value: float | None) -> str:

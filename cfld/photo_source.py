@@ -12,20 +12,25 @@ import json
 import posixpath
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.spec import AbstractFileSystem
+from jaxtyping import Float32, UInt8
+
+from cfld.images import ImageError, decode_image
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 
 _SHARD_FORMAT = ("cfld-shards", 1)
 _COLUMNS = ["key", "name", "split", "shard", "image_offset", "image_size", "json_offset",
-            "json_size", "height", "width"]  # fmt: skip
+            "json_size", "height", "width", "keypoints"]  # fmt: skip
 
 Pair = tuple[str, str]
 
@@ -43,12 +48,21 @@ class Place:
     size: int | None = None
 
 
+@dataclass(frozen=True)
+class PhotoPose:
+    """The keypoints of a photo, and its (height, width), in whose pixels they are."""
+
+    keypoints: Float32[np.ndarray, "18 3"]
+    frame: tuple[int, int]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PhotoSource:
     """Photos under unique names, the pairs that belong to them if known, and a hash of it all.
 
-    `aliases` leads from every way a result file may call a photo to its name; `note` says what a
-    report must mention about these photos.
+    `aliases` leads from every way a result file may call a photo to its name. Only a shard set
+    knows poses, the splits it has, and its dataset's name. `note` says what a report must mention
+    about these photos.
     """
 
     where: str
@@ -57,6 +71,9 @@ class PhotoSource:
     aliases: Mapping[str, str]
     pairs: tuple[Pair, ...] | None
     sha256: str
+    poses: Mapping[str, PhotoPose] = field(default_factory=dict)
+    splits: tuple[str, ...] = ()
+    dataset: str | None = None
     note: str | None = None
 
     def read(self, name: str) -> bytes:
@@ -66,6 +83,17 @@ class PhotoSource:
             file.seek(place.offset)
             data: bytes = file.read() if place.size is None else file.read(place.size)
         return data
+
+    def decode(self, name: str) -> UInt8[np.ndarray, "height width 3"]:
+        """Return a photo as RGB.
+
+        Raises:
+            SourceError: If it can't be decoded.
+        """
+        try:
+            return decode_image(self.read(name))
+        except ImageError as error:
+            raise SourceError(f"{self.where}: photo {name}: {error}") from error
 
 
 def open_photos(url: str, split: str | None = None, pairs_csv: Path | None = None) -> PhotoSource:
@@ -83,7 +111,7 @@ def open_photos(url: str, split: str | None = None, pairs_csv: Path | None = Non
     has_manifest = fs.exists(posixpath.join(root, "manifest.json"))
     source = _open_shards(fs, root, url, split) if has_manifest else _open_folder(fs, root, url)
     if pairs_csv is not None:
-        source = PhotoSource(**vars(source) | {"pairs": _read_pairs(pairs_csv, source)})
+        source = replace(source, pairs=_read_pairs(pairs_csv, source))
     return source
 
 
@@ -130,7 +158,8 @@ def _open_shards(fs: AbstractFileSystem, root: str, url: str, split: str | None)
         raise SourceError(f"{url}: format {found}, this reader needs {_SHARD_FORMAT}")
     index = _read_table(fs, posixpath.join(root, "index.parquet"), _COLUMNS)
     pairs = _read_table(fs, posixpath.join(root, "pairs.parquet"), None)
-    rows = index.to_pylist()
+    poses = _read_poses(index)
+    rows = index.drop_columns("keypoints").to_pylist()
     chosen = [row for row in rows if split in (None, row["split"])]
     if not chosen:
         raise SourceError(
@@ -157,8 +186,20 @@ def _open_shards(fs: AbstractFileSystem, root: str, url: str, split: str | None)
             )
         ),
         sha256=_sha256([hashlib.sha256(manifest_text).hexdigest(), split]),
+        poses={row["key"]: poses[row["key"]] for row in chosen},
+        splits=tuple(sorted({row["split"] for row in rows})),
+        dataset=manifest.get("dataset"),
         note=_stored_size_note(fs, root, chosen[0]),
     )
+
+
+def _read_poses(index: pa.Table) -> dict[str, PhotoPose]:
+    columns = (index[name].to_pylist() for name in ("key", "height", "width"))
+    flat = index["keypoints"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return {
+        key: PhotoPose(keypoints, (height, width))
+        for key, height, width, keypoints in zip(*columns, flat.reshape(-1, 18, 3), strict=True)
+    }
 
 
 def _stored_size_note(fs: AbstractFileSystem, root: str, row: Mapping[str, Any]) -> str | None:
@@ -172,7 +213,7 @@ def _stored_size_note(fs: AbstractFileSystem, root: str, row: Mapping[str, Any])
     if stored == photo:
         return None
     return (
-        f"photos are taken as the shards store them, {stored[0]}x{stored[1]}, not as the originals "
+        f"Photos are taken as the shards store them, {stored[0]}x{stored[1]}, not as the originals "
         "of the paper's protocol; scores shift a little"
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from cfld.web_page import image_uri, make_page, make_table
 RANKING = ("lpips", "ssim_paper", "ssim", "psnr")
 NUM_SHOWN = 4
 
+_STYLE = "figure img { width: auto; height: 11rem }"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -33,6 +35,8 @@ class Evaluation:
     settings: Mapping[str, Any]
     scores: ScoreSet
     fids: Mapping[str, float]
+    self_checks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Scores of what is known to be nearly perfect, by label."""
     missing_images: tuple[str, ...] = ()
     surplus_images: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -46,15 +50,19 @@ def write_report(
     output: Path, evaluation: Evaluation, load_pair: Callable[[str], ImagePair]
 ) -> None:
     """Write all files of the report; `load_pair` fetches the few pairs that it shows."""
-    output.mkdir(parents=True, exist_ok=True)
-    tables = markdown_tables(evaluation)
+    scores = evaluation.scores
     files = {
-        "tables.md": tables,
+        "tables.md": markdown_tables(evaluation),
         "report.html": html_report(evaluation, load_pair),
         "metrics.json": json.dumps(metrics_document(evaluation), indent=2) + "\n",
     }
-    scores = evaluation.scores
+    write_texts(output, files)
     pq.write_table(pa.table({"name": scores.names, **scores.per_image}), output / "scores.parquet")
+
+
+def write_texts(output: Path, files: Mapping[str, str]) -> None:
+    """Write text files into a folder, each under its name once it is whole."""
+    output.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         partial = output / f"{name}.tmp"
         partial.write_text(text, encoding="utf-8")
@@ -71,49 +79,50 @@ def metrics_document(evaluation: Evaluation) -> dict[str, Any]:
         name: {"value": fid, "low": None, "high": None} for name, fid in evaluation.fids.items()
     }
     for each in values.values():
-        each["value"] = each["value"] if math.isfinite(each["value"]) else str(each["value"])
+        each["value"] = _jsonable(each["value"])
     return {
         "title": evaluation.title,
         "size": list(evaluation.size),
         "settings": dict(evaluation.settings),
         "num_images": len(scores.names),
         "scores": values,
+        "self_checks": {
+            label: {name: _jsonable(value) for name, value in each.items()}
+            for label, each in evaluation.self_checks.items()
+        },
         "unavailable": dict(scores.missing),
         "missing_images": list(evaluation.missing_images),
         "surplus_images": list(evaluation.surplus_images),
-        "notes": list(_remarks(evaluation)),
+        "notes": remarks(evaluation),
     }
 
 
 def markdown_tables(evaluation: Evaluation) -> str:
     """Return our scores with their intervals, and the paper's table with ours beside it."""
-    parts = [
-        f"# {evaluation.title}\n",
-        markdown_table(["Metric", "Value", "95 % interval"], _rows(evaluation)),
-    ]
-    parts += [f"> {remark}\n" for remark in _remarks(evaluation)]
+    parts = [f"# {evaluation.title}\n", markdown_table(*_score_table(evaluation))]
+    parts += [f"> {remark}\n" for remark in remarks(evaluation)]
     if table := TABLE_OF_SIZE.get(evaluation.size):
-        parts += [f"## {table.title}\n", compare(table, {OURS: evaluation.means()})]
+        parts += [f"## {table.title}\n", markdown_table(*compare(table, _paper_rows(evaluation)))]
     return "\n".join(parts)
 
 
 def html_report(evaluation: Evaluation, load_pair: Callable[[str], ImagePair]) -> str:
     """Return a self-contained page: scores, remarks, and the best, median and worst pairs."""
-    body = [f'<p class="note">{escape(remark)}</p>' for remark in _remarks(evaluation)]
-    body.append(make_table(["Metric", "Value", "95 % interval"], _rows(evaluation)))
+    body = [f'<p class="note">{escape(remark)}</p>' for remark in remarks(evaluation)]
+    body.append(make_table(*_score_table(evaluation)))
     if table := TABLE_OF_SIZE.get(evaluation.size):
         body.append(f"<h2>{escape(table.title)}</h2>")
-        lines = compare(table, {OURS: evaluation.means()}).replace("**", "").splitlines()
-        header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-        body.append(make_table(header, rows))
-    ranking = next((name for name in RANKING if name in evaluation.scores.per_image), None)
+        body.append(make_table(*compare(table, _paper_rows(evaluation))))
+    ranking = _ranking(evaluation.scores)
     for title, names in _chosen_pairs(evaluation.scores, ranking).items():
-        body.append(f"<h2>{title} pairs by {ranking} (generated, target)</h2>")
-        figures = "".join(_figure(load_pair(name), evaluation.scores) for name in names)
+        pairs = [load_pair(name) for name in names]
+        figures = "".join(_figure(pair, evaluation.scores) for pair in pairs)
+        shown = "target, generated" if pairs[0].source is None else "source, target, generated"
+        body.append(f"<h2>{title} pairs by {ranking} ({shown})</h2>")
         body.append(f'<div class="pairs">{figures}</div>')
     settings = [[name, str(value)] for name, value in evaluation.settings.items()]
     body += ["<h2>Settings</h2>", make_table(["Setting", "Value"], settings)]
-    return make_page(evaluation.title, body)
+    return make_page(evaluation.title, body, _STYLE)
 
 
 def data_uri(image: Pixels) -> str:
@@ -121,56 +130,71 @@ def data_uri(image: Pixels) -> str:
     return image_uri(encode_png(image), "png")
 
 
-def _rows(evaluation: Evaluation) -> list[list[str]]:
-    rows = [
-        [name, format_score(name, each.value), _interval(name, each.low, each.high)]
-        for name, each in evaluation.scores.intervals().items()
-    ]
-    rows += [[name, format_score(name, fid), ""] for name, fid in evaluation.fids.items()]
-    return rows + [[name, "missing", ""] for name in evaluation.scores.missing]
-
-
-def _interval(metric: str, low: float | None, high: float | None) -> str:
-    return "" if low is None else f"{format_score(metric, low)} to {format_score(metric, high)}"
-
-
-def _remarks(evaluation: Evaluation) -> list[str]:
-    """Return everything a reader must know before comparing figures."""
+def remarks(evaluation: Evaluation) -> list[str]:
+    """Return everything a reader must know before comparing figures, as sentences."""
     scores = evaluation.scores
-    remarks = [
-        f"{len(scores.names)} images were scored at {evaluation.size[0]}x{evaluation.size[1]}."
-    ]
+    found = [f"{len(scores.names)} images were scored at {evaluation.size[0]}x{evaluation.size[1]}"]
     for kind, names in (
         ("expected, but missing", evaluation.missing_images),
         ("there, but not expected, and ignored", evaluation.surplus_images),
     ):
         if names:
             shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-            remarks.append(f"{len(names)} images are {kind}: {shown}.")
-    remarks += [f"No {metric}: {reason}." for metric, reason in scores.missing.items()]
+            found.append(f"{len(names)} images are {kind}: {shown}")
+    found += [f"No {metric}: {reason}" for metric, reason in scores.missing.items()]
     for metric in scores.per_image:
         if names := scores.undefined(metric):
-            remarks.append(
+            found.append(
                 f"{metric} is undefined for {len(names)} images of a single colour, such as "
-                f"{names[0]}; its mean leaves them out."
+                f"{names[0]}; its mean leaves them out"
             )
-    return [*remarks, *(f"{note}." for note in evaluation.notes)]
+    ranking = _ranking(scores)
+    if ranking not in (RANKING[0], None):
+        found.append(f"The best and worst pairs are those by {ranking}, for there is no LPIPS")
+    return [f"{each}." for each in (*found, *evaluation.notes)]
+
+
+def _score_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    checks = evaluation.self_checks
+    rows = [
+        [name, format_score(name, each.value), _interval(name, each.low, each.high)]
+        for name, each in evaluation.scores.intervals().items()
+    ]
+    rows += [[name, format_score(name, fid), ""] for name, fid in evaluation.fids.items()]
+    for row in rows:
+        row += [format_score(row[0], each.get(row[0])) for each in checks.values()]
+    rows += [[name, "missing", "", *[""] * len(checks)] for name in evaluation.scores.missing]
+    return ["Metric", "Value", "95 % interval", *checks], rows
+
+
+def _paper_rows(evaluation: Evaluation) -> dict[str, Mapping[str, float]]:
+    return {**evaluation.self_checks, OURS: evaluation.means()}
+
+
+def _interval(metric: str, low: float | None, high: float | None) -> str:
+    return "" if low is None else f"{format_score(metric, low)} to {format_score(metric, high)}"
+
+
+def _jsonable(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _ranking(scores: ScoreSet) -> str | None:
+    return next((name for name in RANKING if name in scores.per_image), None)
 
 
 def _chosen_pairs(scores: ScoreSet, ranking: str | None) -> dict[str, list[str]]:
     if ranking is None:
         return {}
     sign = 1 if ranking == "lpips" else -1
-    order = np.argsort(
-        sign * np.nan_to_num(scores.per_image[ranking], nan=-sign * np.inf), kind="stable"
-    )
-    names = np.asarray(scores.names)[order]
+    order = np.argsort(sign * scores.per_image[ranking], kind="stable")  # undefined ones are last
+    names = np.asarray(scores.names)[order].tolist()
     shown = min(NUM_SHOWN, len(names))
     middle = (len(names) - shown) // 2
     return {
-        "Best": list(names[:shown]),
-        "Median": list(names[middle : middle + shown]),
-        "Worst": list(names[::-1][:shown]),
+        "Best": names[:shown],
+        "Median": names[middle : middle + shown],
+        "Worst": names[::-1][:shown],
     }
 
 
@@ -181,6 +205,11 @@ def _figure(pair: ImagePair, scores: ScoreSet) -> str:
     )
     images = "".join(
         f'<img alt="{kind}" src="{data_uri(image)}">'
-        for kind, image in (("generated", pair.generated), ("target", pair.target))
+        for kind, image in (
+            ("source", pair.source),
+            ("target", pair.target),
+            ("generated", pair.generated),
+        )
+        if image is not None
     )
     return f"<figure>{images}<figcaption>{escape(pair.name)}<br>{values}</figcaption></figure>"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,18 @@ from PIL import Image
 from cfld.images import decode_image
 from cfld.photo_source import IMAGE_EXTENSIONS, Pair, PhotoSource, stem
 
+PATTERN = "{source}_2_{target}"
+
 # How released result sets name their files, without the extension. SOURCE and TARGET may carry an
 # extension of their own, as in PATN's "a.jpg___b.jpg_vis.png".
 KNOWN_PATTERNS = {
     "{source}_2_{target}_vis": "GFLA, DPTN, NTED, PIDM and their heirs",
     "{source}___{target}_vis": "PATN and its heirs, often strips of five: --panel 5/5",
     "{source}_to_{target}": "PCDMs",
-    "{source}_2_{target}": "this project",
+    PATTERN: "this project",
 }
+
+NUM_NAMES_SHOWN = 10
 
 _WITH_ALPHA = ("RGB with an opaque alpha channel", "transparent")
 
@@ -109,7 +113,7 @@ def find_results(folder: Path, targets: PhotoSource, pattern: str | None = None)
 
 def name_of(pair: Pair) -> str:
     """Return how this project names a pair's generated image, without extension."""
-    return f"{pair[0]}_2_{pair[1]}"
+    return PATTERN.format(source=pair[0], target=pair[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +154,56 @@ def inspect_results(results: ResultFiles, panel: Panel) -> FileProblems:
     )
 
 
+def check_results(
+    results: ResultFiles, size: tuple[int, int], panel: Panel, *, resize: bool, allow_missing: bool
+) -> tuple[str, ...]:
+    """Return what a report must mention about result files that can be scored at a size.
+
+    Raises:
+        ResultError: If some are unreadable, transparent, or without `resize` of another size, or
+            without `allow_missing` missing or left over; it names them all.
+    """
+    problems = inspect_results(results, panel)
+    faults = []
+    if problems.unreadable:
+        faults.append(_listed("are no readable images", sorted(problems.unreadable)))
+    if problems.transparent:
+        faults.append(
+            _listed("have transparent pixels; lay them over a background", problems.transparent)
+        )
+    wrong = {each: names for each, names in problems.sizes.items() if each != size}
+    if not resize:
+        faults += [_listed(_size_hint(each, size), names) for each, names in wrong.items()]
+    if not allow_missing:
+        for kind, names in (("are missing", results.missing), ("fit no pair", results.surplus)):
+            if names:
+                faults.append(_listed(f"{kind}; --allow-missing scores the others", names))
+    if faults:
+        raise ResultError("\n".join(f"{results.folder}: {fault}" for fault in faults))
+    if wrong:
+        count = sum(map(len, wrong.values()))
+        return (*problems.notes, f"{count} generated images were resized from {sorted(wrong)}")
+    return problems.notes
+
+
 def read_panel(path: Path, panel: Panel) -> UInt8[np.ndarray, "height width 3"]:
     """Decode a result file and cut its panel out."""
     image = decode_image(path.read_bytes())
     width = image.shape[1] // panel.count
     return image[:, (panel.index - 1) * width : panel.index * width]
+
+
+def _size_hint(found: tuple[int, int], size: tuple[int, int]) -> str:
+    (height, width), count = found, found[1] // size[1]
+    if height == size[0] and width == count * size[1]:
+        return f"are strips of {count} images; --panel {count}/{count} takes the last"
+    return f"are {height}x{width}, not {size[0]}x{size[1]}; --resize brings them there"
+
+
+def _listed(what: str, names: Sequence[str]) -> str:
+    shown = "".join(f"\n  {name}" for name in names[:NUM_NAMES_SHOWN])
+    rest = len(names) - NUM_NAMES_SHOWN
+    return f"{len(names)} {what}:{shown}" + (f"\n  … and {rest} more" if rest > 0 else "")
 
 
 @dataclass(frozen=True)

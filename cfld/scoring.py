@@ -23,10 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from cfld.frechet import FeatureStatistics, FeatureStream, frechet_distance
-from cfld.images import ImageError, decode_image
 from cfld.metric_networks import FEATURE_DIM, MetricNetworks, network_sha256
 from cfld.metrics import PAIR_METRICS, pair_metrics
-from cfld.photo_source import PhotoSource, SourceError
+from cfld.photo_source import PhotoSource
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +43,8 @@ class ImagePair:
     name: str
     generated: Pixels
     target: Pixels
+    source: Pixels | None = None
+    """Where it is at hand and wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,10 +125,7 @@ def protocol_target(photos: PhotoSource, name: str, size: tuple[int, int]) -> Pi
     Raises:
         SourceError: If the photo can't be decoded.
     """
-    try:
-        photo = Image.fromarray(decode_image(photos.read(name)))
-    except ImageError as error:
-        raise SourceError(f"{photos.where}: photo {name}: {error}") from error
+    photo = Image.fromarray(photos.decode(name))
     photo = photo.resize((size[1], photo.height), Image.Resampling.BICUBIC)
     return np.asarray(photo.resize((size[1], size[0]), Image.Resampling.BICUBIC))
 

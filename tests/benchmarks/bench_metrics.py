@@ -22,11 +22,11 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
-from cfld.evaluate import ResultReader
 from cfld.metric_networks import FEATURE_DIM, MetricNetworks
 from cfld.metrics import pair_metrics
 from cfld.photo_source import open_photos
-from cfld.result_files import Panel, find_results
+from cfld.result_files import find_results
+from cfld.result_reader import ResultReader
 from cfld.scoring import ImagePair, map_ahead, score
 
 SIZE = (256, 176)
@@ -106,7 +106,7 @@ def bench_folders(num_photos: int) -> None:
         def ours() -> None:
             targets = open_photos(str(root / "photos"))
             results = find_results(root / "results", targets)
-            reader = ResultReader(results=results, targets=targets, size=SIZE, panel=Panel())
+            reader = ResultReader(files=results.files, photos=targets, size=SIZE)
             score(reader.read_all(), networks)
 
         def theirs() -> None:

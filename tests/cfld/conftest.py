@@ -1,11 +1,18 @@
 """Small models and batches that the tests of the network share, and random metric networks."""
 
-from collections.abc import Callable
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from pytorch_fid import inception as pytorch_fid
 from torch import nn
 from torchvision.models import alexnet, inception_v3
@@ -16,6 +23,7 @@ from cfld.metric_networks import WEIGHTS_URLS
 from cfld.model import CFLD
 from cfld.objective import TrainingBatch, draw_rows
 from cfld.pipeline import CFLDPipeline
+from shards.format import FORMAT_NAME, FORMAT_VERSION, INDEX_SCHEMA, PAIRS_SCHEMA
 
 TINY = PRESETS["tiny"]
 
@@ -122,3 +130,54 @@ def metric_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         torch.save(state, folder / WEIGHTS_URLS[name].rpartition("/")[2])
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_shards() -> Callable[..., Path]:
+    """Writes a shard set as its README describes it, without the code that builds shards.
+
+    Photos are given by name as image, keypoints and split.
+    """
+
+    def write(
+        folder: Path,
+        photos: Mapping[str, tuple[Image.Image, np.ndarray, str]],
+        pairs: Iterable[tuple[str, str]],
+        **manifest: str,
+    ) -> Path:
+        folder.mkdir()
+        rows = []
+        with tarfile.open(folder / "test-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for name, (image, keypoints, split) in photos.items():
+                width, height = image.size
+                buffer = io.BytesIO()
+                image.save(buffer, "PNG")
+                record = {"height": height, "photo_height": height}
+                record |= {"width": width, "photo_width": width}
+                places = {}
+                for member, data in (("image", buffer.getvalue()), ("pose", b"-"),
+                                     ("json", json.dumps(record).encode())):  # fmt: skip
+                    info = tarfile.TarInfo(f"{name}.{member}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+                    padded = -len(data) % 512 + len(data)
+                    places[f"{member}_offset"] = tar.offset - padded
+                    places[f"{member}_size"] = len(data)
+                rows.append(
+                    {
+                        "key": name, "name": f"{name}.jpg", "person": "p",
+                        "image_extension": "png", "split": split, "view": None,
+                        "shard": "test-000000.tar", "latent_offset": None, "latent_size": None,
+                        "height": height, "width": width, "keypoints": keypoints.flatten().tolist(),
+                        "num_people": 1, "is_valid": True, **places,
+                    }
+                )  # fmt: skip
+        places = {row["key"]: place for place, row in enumerate(rows)}
+        table = [{"source": places[a], "target": places[b], "split": "test"} for a, b in pairs]
+        pq.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA), folder / "index.parquet")
+        pq.write_table(pa.Table.from_pylist(table, PAIRS_SCHEMA), folder / "pairs.parquet")
+        document = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **manifest}
+        (folder / "manifest.json").write_text(json.dumps(document))
+        return folder
+
+    return write

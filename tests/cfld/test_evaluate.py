@@ -1,13 +1,11 @@
 """The evaluation of folders: names, bad input, equal folders, reports, the cache."""
 
 import hashlib
-import io
 import json
-import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,7 +16,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from cfld.evaluate import main
 from cfld.metric_networks import load_metric_networks
 from cfld.metrics import PAIR_METRICS
-from cfld.paper_tables import GROUND_TRUTH, TABLE_2_256, TABLE_5, compare
+from cfld.paper_tables import GROUND_TRUTH, TABLE_2_256, TABLE_5, compare, markdown_table
 from cfld.photo_source import SourceError, open_photos
 from cfld.result_files import KNOWN_PATTERNS, Panel, ResultError, find_results
 from cfld.scoring import (
@@ -29,7 +27,6 @@ from cfld.scoring import (
     reference_statistics,
     score,
 )
-from shards.format import FORMAT_NAME, FORMAT_VERSION, INDEX_SCHEMA, PAIRS_SCHEMA
 
 SIZE = (128, 64)
 NAMES = (
@@ -70,43 +67,13 @@ def pairs_csv(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    """A shard set as its README describes it, of the same photos; one is not of the split."""
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    rows, names = [], [*NAMES, "trained"]
-    with tarfile.open(folder / "test-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name in names:
-            buffer = io.BytesIO()
-            photo(name, (300, 200)).save(buffer, "PNG")
-            record = dict.fromkeys(("height", "photo_height"), 300)
-            record |= dict.fromkeys(("width", "photo_width"), 200)
-            places = {}
-            for member, data in (("image", buffer.getvalue()), ("pose", b"-"),
-                                 ("json", json.dumps(record).encode())):  # fmt: skip
-                info = tarfile.TarInfo(f"{name}.{member}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-                padded = -len(data) % 512 + len(data)
-                places[f"{member}_offset"] = tar.offset - padded
-                places[f"{member}_size"] = len(data)
-            rows.append(
-                {
-                    "key": name, "name": f"{name}.jpg", "person": "p", "image_extension": "png",
-                    "split": "train" if name == "trained" else "test", "view": None,
-                    "shard": "test-000000.tar", "latent_offset": None, "latent_size": None,
-                    "height": 300, "width": 200, "keypoints": [0.0] * 54, "num_people": 1,
-                    "is_valid": True, **places,
-                }
-            )  # fmt: skip
-    pairs = [
-        {"source": names.index(a), "target": names.index(b), "split": "test"} for a, b in PAIRS
-    ]
-    pq.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA), folder / "index.parquet")
-    pq.write_table(pa.Table.from_pylist(pairs, PAIRS_SCHEMA), folder / "pairs.parquet")
-    manifest = {"format": FORMAT_NAME, "version": FORMAT_VERSION}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
+def shards(tmp_path: Path, write_shards: Callable[..., Path]) -> Path:
+    """A shard set of the same photos; one is not of the split."""
+    splits = dict.fromkeys(NAMES, "test") | {"trained": "train"}
+    photos = {
+        name: (photo(name, (300, 200)), np.zeros((18, 3)), split) for name, split in splits.items()
+    }
+    return write_shards(tmp_path / "shards", photos, PAIRS)
 
 
 def make_results(
@@ -425,13 +392,12 @@ def test_bootstrap_interval_covers_the_mean() -> None:
 
 
 def test_tables_hold_ours_beside_the_papers() -> None:
-    text = compare(
-        TABLE_2_256, {GROUND_TRUTH: {"fid_paper": 7.9, "psnr": np.inf}, "X": {"lpips": 0.5}}
-    )
+    ours = {GROUND_TRUTH: {"fid_paper": 7.9, "psnr": np.inf}, "X": {"lpips": 0.5}}
+    text = markdown_table(*compare(TABLE_2_256, ours))
     assert "| CFLD | 6.804 |  | 0.1519 |  | 0.7378 |  | 18.235 |  |" in text
-    assert "| **Ground truth** | 7.847 | 7.900 | 0.0000 |  | 1.0000 |  | ∞ | ∞ |" in text
-    assert text.endswith("| **X** |  |  |  | 0.5000 |  |  |  |  |\n")
-    assert len(compare(TABLE_5, {}).splitlines()) == 7
+    assert "| Ground truth | 7.847 | 7.900 | 0.0000 |  | 1.0000 |  | ∞ | ∞ |" in text
+    assert text.endswith("| X |  |  |  | 0.5000 |  |  |  |  |\n")
+    assert len(compare(TABLE_5, {})[1]) == 5
 
 
 def test_report_opens_in_a_browser(
@@ -449,7 +415,8 @@ def test_report_opens_in_a_browser(
         page.goto((tmp_path / "scores" / "report.html").as_uri())
         assert page.title() == "Scores of ours"
         assert page.locator("h2").all_inner_texts()[1:4] == [
-            f"{each} pairs by lpips (generated, target)" for each in ("Best", "Median", "Worst")
+            f"{each} pairs by lpips (source, target, generated)"
+            for each in ("Best", "Median", "Worst")
         ]
         assert page.locator("figure").count() == 12
         assert page.evaluate("[...document.images].every(image => image.naturalWidth === 64)")
