@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 Queries = Float[Tensor, "batch heads tokens head_dim"]
 Context = Float[Tensor, "batch heads context_tokens head_dim"]  # keys, or values
+Weights = Float[Tensor, "batch heads tokens context_tokens"]
 KeysValues = tuple[Context, Context]
 # Those of several layers, whose numbers of heads and channels differ.
 LayerContext = Float[Tensor, "batch _heads _context_tokens _head_dim"]
@@ -24,8 +25,13 @@ def attend(query: Queries, key: Context, value: Context) -> Queries:
 
     On a CPU its bfloat16 backward is about twice as fast as torch's fused one.
     """
+    return attention_weights(query, key) @ value
+
+
+def attention_weights(query: Queries, key: Context) -> Weights:
+    """How much each query takes of each value: their sum is 1."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    return scores.softmax(dim=-1) @ value
+    return scores.softmax(dim=-1)
 
 
 Kernel = Callable[[Queries, Context, Context], Queries]
@@ -59,11 +65,14 @@ def project_keys_values(
     attn: Attention, context: Float[Tensor, "batch context_tokens context_dim"]
 ) -> KeysValues:
     """Keys and values of `context`, split into heads."""
-    keys, values = (
-        rearrange(project(context), "b n (h d) -> b h n d", h=attn.heads)
-        for project in (attn.to_k, attn.to_v)
-    )
-    return keys, values
+    return split_heads(attn, attn.to_k(context)), split_heads(attn, attn.to_v(context))
+
+
+def split_heads(
+    attn: Attention, tokens: Float[Tensor, "batch tokens inner"]
+) -> Float[Tensor, "batch heads tokens head_dim"]:
+    """The channels of each head apart."""
+    return rearrange(tokens, "b n (h d) -> b h n d", h=attn.heads)
 
 
 def mix_values(
@@ -74,8 +83,8 @@ def mix_values(
 ) -> Float[Tensor, "batch tokens dim"]:
     """Split the heads of `query`, attend, join the heads and project out."""
     key, value = keys_values
-    query = rearrange(query, "b n (h d) -> b h n d", h=attn.heads)
-    mixed = rearrange(kernel(query.to(key.dtype), key, value), "b h n d -> b n (h d)")
+    query = split_heads(attn, query).to(key.dtype)
+    mixed = rearrange(kernel(query, key, value), "b h n d -> b n (h d)")
     to_out, dropout = attn.to_out
     return dropout(to_out(mixed))
 

@@ -21,29 +21,25 @@ class Tile:
     label: str
 
 
-def draw_grid(rows: Sequence[Sequence[Tile]], *, height: int = 192) -> Image.Image:
-    """Lay out rows of labelled pictures on white, each resized to `height` pixels.
+def draw_grid(rows: Sequence[Sequence[Tile]], size: tuple[int, int]) -> Image.Image:
+    """Lay out rows of labelled pictures on white, all stretched to `size` (height, width).
 
     Small ones are magnified without smoothing, so that their pixels can be seen. Columns are as
-    wide as their widest picture or label.
+    wide as a picture, or as the widest label.
     """
+    height, width = size
     font = ImageFont.load_default(_FONT_PX)
-    pictures = [[_of_height(tile.picture, height) for tile in row] for row in rows]
-    columns = max(map(len, rows))
-    widths = [0] * columns
-    for row, tiles in zip(pictures, rows, strict=True):
-        for column, (picture, tile) in enumerate(zip(row, tiles, strict=True)):
-            label_px = int(np.ceil(font.getlength(tile.label)))
-            widths[column] = max(widths[column], picture.width, label_px)
+    labels_px = [font.getlength(tile.label) for row in rows for tile in row]
+    column_px = max(width, *(int(np.ceil(label_px)) for label_px in labels_px)) + _GAP_PX
     row_px = height + _FONT_PX + 2 * _GAP_PX
-    grid = Image.new("RGB", (sum(widths) + _GAP_PX * (columns + 1), row_px * len(rows)), "white")
+    shape = (max(map(len, rows)) * column_px + _GAP_PX, len(rows) * row_px)
+    grid = Image.new("RGB", shape, "white")
     pen = ImageDraw.Draw(grid)
-    for number, (row, tiles) in enumerate(zip(pictures, rows, strict=True)):
-        top, left = number * row_px + _GAP_PX, _GAP_PX
-        for width, picture, tile in zip(widths, row, tiles, strict=False):
-            pen.text((left, top - 2), tile.label, "black", font)
-            grid.paste(picture, (left, top + _FONT_PX + 2))
-            left += width + _GAP_PX
+    for row, tiles in enumerate(rows):
+        for column, tile in enumerate(tiles):
+            left, top = column * column_px + _GAP_PX, row * row_px + _GAP_PX
+            pen.text((left, top - 3), tile.label, "black", font)
+            grid.paste(_stretched(tile.picture, size), (left, top + _FONT_PX + 2))
     return grid
 
 
@@ -61,8 +57,7 @@ def join_strip(frames: Sequence[Image.Image]) -> Image.Image:
     return strip
 
 
-def _of_height(picture: UInt8[np.ndarray, "_ _ 3"], height: int) -> Image.Image:
-    width = max(1, round(picture.shape[1] * height / picture.shape[0]))
-    is_magnified = picture.shape[0] < height
+def _stretched(picture: UInt8[np.ndarray, "_ _ 3"], size: tuple[int, int]) -> Image.Image:
+    is_magnified = picture.shape[0] < size[0]
     kernel = Image.Resampling.NEAREST if is_magnified else Image.Resampling.BICUBIC
-    return Image.fromarray(picture).resize((width, height), kernel)
+    return Image.fromarray(picture).resize(size[::-1], kernel)

@@ -53,7 +53,7 @@ class CFLDPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "conditioner->unet->vae"
     # The learnable vector is used outside of any forward, so that it can't be fetched layer-wise.
     _exclude_from_cpu_offload = ["conditioner"]  # noqa: RUF012  # the base class's declaration
-    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents", "pred_original_sample"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -177,7 +177,9 @@ class CFLDPipeline(DiffusionPipeline):
             return_dict: Whether an `ImagePipelineOutput` is returned instead of a tuple.
             callback_on_step_end: Called as `(pipeline, step, timestep, tensors)`; may return
                 replaced tensors.
-            callback_on_step_end_tensor_inputs: Which tensors it gets; there is `latents`.
+            callback_on_step_end_tensor_inputs: Which tensors it gets: `latents`, and the
+                `pred_original_sample`, the clean latents they seem to come from, which is None
+                with schedulers that do not predict it.
 
         Raises:
             ValueError: If an argument has a wrong form, or numbers or sizes do not fit together.
@@ -219,11 +221,24 @@ class CFLDPipeline(DiffusionPipeline):
             images: Any = latents
         else:
             repeats = num_latents // len(sizes)
-            images = self._decode(
+            images = self.decode_latents(
                 latents, [size for size in sizes for _ in range(repeats)], output_type
             )
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Latents, sizes: list[Size], output_type: str) -> Any:
+        """Images of the wanted sizes, resized (bicubic, antialiased) from the model's square."""
+        latents = latents / self.vae.config.scaling_factor
+        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        processor = VaeImageProcessor()
+        if len(set(sizes)) == 1:
+            return processor.postprocess(_resized(images, sizes[0]), output_type=output_type)
+        return [
+            processor.postprocess(_resized(row[None], size), output_type=output_type)[0]
+            for row, size in zip(images, sizes, strict=True)
+        ]
 
     def _model(self) -> CFLD:
         """CFLD around the components, as they are now."""
@@ -300,28 +315,17 @@ class CFLDPipeline(DiffusionPipeline):
                 continue
             scaled = self.scheduler.scale_model_input(latents, timestep)
             predicted = guided_prediction(model, scaled, timestep, guided)
-            latents = self.scheduler.step(
-                predicted, timestep, latents, **options, return_dict=False
-            )[0]
+            step = self.scheduler.step(predicted, timestep, latents, **options)
+            latents = step.prev_sample
             if region is not None:
                 remaining = timesteps[index + 1 :]
                 latents = region.restore(latents, noise, self.scheduler, remaining[:1])
             if callback is not None:
-                tensors = dict.fromkeys(callback_inputs, latents)
+                clean = step.get("pred_original_sample")
+                known = {"latents": latents, "pred_original_sample": clean}
+                tensors = {name: known[name] for name in callback_inputs}
                 latents = callback(self, index, timestep, tensors).pop("latents", latents)
         return latents
-
-    def _decode(self, latents: Latents, sizes: list[Size], output_type: str) -> Any:
-        """Images of the wanted sizes, resized (bicubic, antialiased) from the model's square."""
-        latents = latents / self.vae.config.scaling_factor
-        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
-        processor = VaeImageProcessor()
-        if len(set(sizes)) == 1:
-            return processor.postprocess(_resized(images, sizes[0]), output_type=output_type)
-        return [
-            processor.postprocess(_resized(row[None], size), output_type=output_type)[0]
-            for row, size in zip(images, sizes, strict=True)
-        ]
 
 
 def compatible_schedulers(scheduler: SchedulerMixin) -> dict[str, type[SchedulerMixin]]:

@@ -163,6 +163,27 @@ def test_callback_sees_and_changes_every_step(pixels):
     assert (latents == 0).all()
 
 
+def test_callback_sees_what_the_latents_seem_to_come_from(pixels):
+    seen = []
+
+    def record(pipe, step, timestep, tensors):
+        seen.append(tensors)
+        return {}
+
+    names = ["latents", "pred_original_sample"]
+    options = {"callback_on_step_end": record, "callback_on_step_end_tensor_inputs": names}
+    latents = generate(pixels, output_type="latent", **options)
+    assert difference(latents, generate(pixels, output_type="latent")) == 0
+    assert difference(seen[0]["latents"], seen[0]["pred_original_sample"]) > 0.1
+    assert difference(seen[-1]["pred_original_sample"], latents) < 1e-5
+    solver = compatible_schedulers(pixels.scheduler)["unipcmultistep"]
+    scheduler = solver.from_config(pixels.scheduler.config)
+    swapped = CFLDPipeline(**pixels.components | {"scheduler": scheduler})
+    swapped.set_progress_bar_config(disable=True)
+    generate(swapped, **options)
+    assert seen[-1]["pred_original_sample"] is None
+
+
 def test_callback_can_interrupt(pixels):
     steps = []
 
