@@ -35,7 +35,7 @@ def _limb(names: Sequence[str], margin: float) -> tuple[_Shape, ...]:
 _SHAPES: dict[str, tuple[_Shape, ...]] = {
     "head": (_Shape(("head",), 0.36),),
     "torso": (
-        _Shape(("right_shoulder", "left_shoulder", "left_hip", "right_hip"), 0.16, is_filled=True),
+        _Shape(("right_shoulder", "left_shoulder", "left_waist", "right_waist"), 0.16, True),
     ),
     "arms": _limb(("shoulder", "elbow", "wrist"), 0.16),
     "legs": (*_limb(("hip", "knee", "ankle"), 0.2), _Shape(("right_hip", "left_hip"), 0.2)),
@@ -81,7 +81,7 @@ def draw_regions(
             raise RegionError(f"region {region!r} is unknown; choose among {', '.join(REGIONS)}")
     points = _scaled_points(keypoints, np.divide(size, frame)[::-1])
     torso_px = _torso_length(points)
-    points |= _head_point(points, torso_px)
+    points |= _head_point(points, torso_px) | _waist_points(points, torso_px)
     mask = np.zeros(size, np.uint8)
     for region in regions:
         drawn = [_draw(mask, shape, points, torso_px) for shape in _SHAPES[region]]
@@ -119,6 +119,17 @@ def _head_point(points: dict[str, Point], torso_px: float) -> dict[str, Point]:
         return {}
     upwards = points["neck"] - np.mean(hips, axis=0)
     return {"head": points["neck"] + upwards * _NECK_TO_HEAD * torso_px / np.linalg.norm(upwards)}
+
+
+def _waist_points(points: dict[str, Point], torso_px: float) -> dict[str, Point]:
+    """The hips, or, where a photo ends above them, a torso's length below the shoulders."""
+    hips = {joint: points[joint] for joint in ("right_hip", "left_hip") if joint in points}
+    found = {joint.replace("hip", "waist"): point for joint, point in hips.items()}
+    return found or {
+        joint.replace("shoulder", "waist"): points[joint] + (0, torso_px)
+        for joint in ("right_shoulder", "left_shoulder")
+        if joint in points
+    }
 
 
 def _draw(

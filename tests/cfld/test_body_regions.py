@@ -61,6 +61,13 @@ def test_the_head_seen_from_behind_is_above_the_neck():
     assert (front & behind).sum() > 0.4 * (front | behind).sum()
 
 
+def test_the_torso_goes_on_where_no_hips_are_seen():
+    keypoints = FIGURES[0].keypoints
+    whole = draw_regions(keypoints, SIZE, SIZE, ["torso"])
+    cropped = draw_regions(without(keypoints, "right_hip", "left_hip"), SIZE, SIZE, ["torso"])
+    assert (whole & cropped).sum() > 0.5 * (whole | cropped).sum()
+
+
 def test_one_limb_is_enough():
     keypoints = without(FIGURES[0].keypoints, "left_shoulder", "left_elbow", "left_wrist")
     both = draw_regions(FIGURES[0].keypoints, SIZE, SIZE, ["arms"])

@@ -130,6 +130,17 @@ def test_transfer_with_other_schedulers(pixels, name):
     torch.testing.assert_close(everything, plain(swapped), rtol=0, atol=0)
 
 
+def test_transfer_with_offload_hooks(pixels, tmp_path):
+    pixels.save_pretrained(tmp_path)
+    offloaded = CFLDPipeline.from_pretrained(tmp_path)
+    offloaded.set_progress_bar_config(disable=True)
+    offloaded.enable_model_cpu_offload(device="cpu")  # all of a GPU's hooks, without the moving
+    appearance = offloaded.encode_appearance(STYLE.image)
+    for _ in range(2):
+        latents = transfer(offloaded, HALF, image=appearance)
+        torch.testing.assert_close(latents, transfer(pixels, HALF), rtol=1e-4, atol=1e-4)
+
+
 def test_several_styles_of_one_reference_equal_single_calls(pixels):
     styles = [STYLE.image, OTHER.image]
     both = transfer(pixels, HALF, image=styles, generator=[generator(), generator()])
