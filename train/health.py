@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from concurrent import futures
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -140,21 +141,31 @@ class Heartbeat:
         others = [str(rank) for rank in range(self._ranks.num_ranks) if rank != self._ranks.rank]
         heard = dict.fromkeys(others, ("", time.monotonic()))
         number = 0
+        # In a thread of their own, because the store waits for ever for a server that hangs.
+        exchanges = futures.ThreadPoolExecutor(1, "heartbeat-exchange")
         while not self._stop.wait(_BEAT_S):
             number += 1
+            exchange = exchanges.submit(self._exchange, number, others)
             try:
-                self._store.set(str(self._ranks.rank), str(number))
-                beats = [beat.decode() for beat in self._store.multi_get(others)]
-            except RuntimeError:  # the server ended with rank 0
-                self._end("0", 0.0)
+                beats = exchange.result(self._silence_s)
+            except (futures.TimeoutError, RuntimeError) as error:  # a server that ended raises
+                is_hanging = isinstance(error, futures.TimeoutError)
+                self._end("0", self._silence_s if is_hanging else 0.0)
+                continue
             now = time.monotonic()
             for rank, beat in zip(others, beats, strict=True):
                 if beat != heard[rank][0]:
                     heard[rank] = (beat, now)
                 elif beat != _DONE and now - heard[rank][1] > self._silence_s:
                     self._end(rank, now - heard[rank][1])
+        exchanges.shutdown()
         with suppress(RuntimeError):  # rank 0 was done first
             self._store.set(str(self._ranks.rank), _DONE)
+
+    def _exchange(self, number: int, others: list[str]) -> list[str]:
+        """Tell that this rank lives; return what was last heard of the others."""
+        self._store.set(str(self._ranks.rank), str(number))
+        return [beat.decode() for beat in self._store.multi_get(others)]
 
     def _end(self, rank: str, silent_s: float) -> None:
         if self._stop.is_set():

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import subprocess
 import sys
 import tarfile
 import threading
@@ -40,6 +41,8 @@ from shards.format import (
     member_name,
     shard_name,
 )
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def draw_noise(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -272,6 +275,16 @@ class Runs:
                 self._be_rank(rank, ranks, port, arguments, said)
             pids.append(pid)
         return pids
+
+    def launch(self, *overrides: str, output: str = "run", ranks: int = 1) -> subprocess.Popen:
+        """Start a run by DeepSpeed's launcher, as a process group of its own."""
+        command = [
+            *(Path(sys.executable).with_name("deepspeed"), "--num_accelerators", str(ranks)),
+            *("train/main.py", "--deepspeed", "--config", self.config),
+            *("--set", f"output={self.folder / output}", *overrides),
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        return subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True)
 
     def start_and_watch(
         self, *overrides: str, output: str = "run", ranks: int = 1

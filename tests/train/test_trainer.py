@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,8 +19,6 @@ from safetensors.torch import load_file
 from cfld.images import decode_image
 from cfld.pipeline import CFLDPipeline
 from tests.train.conftest import write_shards
-
-pytestmark = pytest.mark.slow  # each launches the command, several processes, several times
 
 # Losses of small models in their first steps swing with the last bit of a gradient.
 EXACTLY = {"abs": 1e-5}
@@ -79,9 +78,8 @@ def test_a_run_trains_and_leaves_its_results(runs) -> None:
     assert runs.check() == losses  # a run that is complete is left as it is
 
 
-@pytest.mark.parametrize(
-    "stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 3))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resumes_on_other_ranks_stage_and_micro_batch(runs, stage) -> None:
     schedule = ("schedule.kind=constant", "ema.decay=0.5", "ema.every_steps=2")
     expected = runs.check(*schedule, "steps=6", output="unbroken")
@@ -95,17 +93,34 @@ def test_resumes_on_other_ranks_stage_and_micro_batch(runs, stage) -> None:
     assert_same_state(runs.folder / "run", runs.folder / "unbroken", atol=1e-5, rtol=1e-4)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on_exactly(runs) -> None:
-    runs.check("steps=5", output="unbroken")
-    pids, lines = runs.start_and_watch("steps=5")
-    assert any("step 1 of 5" in line for line in lines)
-    os.kill(pids[0], signal.SIGTERM)
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_saves_and_the_same_command_goes_on_exactly(runs, ranks) -> None:
+    schedule = "schedule.kind=constant"  # which does not depend on how many steps there will be
+    pids, lines = runs.start_and_watch("steps=1000", schedule, ranks=ranks)
+    assert any("step 1 of 1000" in line for line in lines)
+    os.kill(pids[-1], signal.SIGTERM)  # one rank is told, all stop
     assert "stopped after step" in "".join(lines)
-    assert runs.wait(pids) == [0]
+    assert runs.wait(pids) == [0] * ranks
     assert not (runs.folder / "run" / "pipeline").exists()
-    losses = runs.check("steps=5")
-    assert losses == runs.losses("unbroken")
+    steps = f"steps={len(runs.losses()) + 2}"
+    losses = runs.check(steps, schedule, ranks=ranks)
+    assert losses == runs.check(steps, schedule, output="unbroken", ranks=ranks)
     assert_same_state(runs.folder / "run", runs.folder / "unbroken", atol=0, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_preempted_launcher_leaves_a_checkpoint(runs) -> None:
+    """As on a cluster, where the launcher, its helper and all ranks get the signal."""
+    launcher = psutil.Process(runs.launch("steps=1000", "schedule.kind=constant", ranks=2).pid)
+    metrics = runs.folder / "run" / "metrics.jsonl"
+    while not metrics.exists() or "\n" not in metrics.read_text():
+        assert not psutil.wait_procs([launcher], timeout=0.1)[0]
+    processes = [launcher, *launcher.children(recursive=True)]
+    os.killpg(launcher.pid, signal.SIGTERM)
+    psutil.wait_procs(processes)
+    steps = len(runs.losses())
+    assert (runs.folder / "run" / "checkpoints" / "latest").read_text() == f"step-{steps:08d}"
+    assert len(runs.check(f"steps={steps + 1}", "schedule.kind=constant", ranks=2)) == steps + 1
 
 
 @pytest.mark.slow
@@ -142,6 +157,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_named(runs, stage) -> None:
     assert "loss not finite" in runs.said()
 
 
+@pytest.mark.slow
 def test_many_skipped_steps_in_a_row_stop_the_run_with_advice(runs) -> None:
     limit = "health.max_skipped=3"
     codes = runs.run("optimizer.rate_per_pair=1e30", "schedule.warmup_steps=0", "steps=9", limit)
@@ -159,6 +175,21 @@ def test_a_killed_rank_ends_the_others(runs) -> None:
     assert runs.wait(pids) == [1, -signal.SIGKILL]
 
 
+@pytest.mark.slow  # waits for a silence
+@pytest.mark.parametrize("hung", [0, 1, 2])
+def test_a_rank_that_hangs_ends_the_others(runs, hung) -> None:
+    """As a machine does that is gone: its connections stay open, and nothing comes."""
+    silence = "health.silence_s=10"
+    pids, lines = runs.start_and_watch("steps=100000", silence, "engine.micro_batch=4", ranks=3)
+    assert any("step 1 of" in line for line in lines)
+    os.kill(pids[hung], signal.SIGSTOP)
+    others = [pid for rank, pid in enumerate(pids) if rank != hung]
+    assert runs.wait(others) == [1, 1]
+    os.kill(pids[hung], signal.SIGKILL)
+    runs.wait([pids[hung]])
+    assert f"rank {hung} is gone (silent for" in "".join(lines)
+
+
 def test_a_damaged_shard_stops_the_run_and_is_named(runs) -> None:
     folder = write_shards(runs.folder / "damaged")
     shard = next(folder.glob("*.tar"))
@@ -169,6 +200,7 @@ def test_a_damaged_shard_stops_the_run_and_is_named(runs) -> None:
     assert f"{shard}: has sha256" in runs.said()
 
 
+@pytest.mark.slow
 def test_other_frozen_weights_or_another_order_are_refused(runs) -> None:
     runs.check("steps=2")
     shutil.rmtree(runs.folder / "run" / "pipeline")
@@ -178,6 +210,7 @@ def test_other_frozen_weights_or_another_order_are_refused(runs) -> None:
     assert "order of pairs cannot be continued" in runs.said()
 
 
+@pytest.mark.slow
 def test_another_model_is_refused(runs) -> None:
     all_trained = "model.unet.is_frozen=false"
     runs.check("steps=2", all_trained)
@@ -186,6 +219,33 @@ def test_another_model_is_refused(runs) -> None:
     assert "trained parameters, such as prompt_decoder.blocks.1" in runs.said()
     assert runs.run("steps=4", all_trained, "model.prompt_decoder.num_queries=3") == [2]
     assert "learnable_vector has the shape [1, 2, 16], the model's [1, 3, 16]" in runs.said()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (3, 3)])
+def test_goes_on_from_two_ranks_of_stage_2_for_20_steps(runs, ranks, stage) -> None:
+    schedule = "schedule.kind=constant"
+    first = (schedule, "engine.zero_stage=2")
+    expected = runs.check(*first, "steps=25", output="unbroken", ranks=2)
+    runs.check(*first, "steps=5", ranks=2)
+    shutil.rmtree(runs.folder / "run" / "pipeline")
+    other = (schedule, f"engine.zero_stage={stage}", "engine.micro_batch=4")
+    losses = runs.check(*other, "steps=25", ranks=ranks)
+    assert losses == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloading_changes_nothing_and_resumes(runs, stage) -> None:
+    schedule = "schedule.kind=constant"
+    expected = runs.check(schedule, "steps=5", output="unbroken")
+    offload = [f"engine.zero_stage={stage}", "engine.offload_optimizer=true"]
+    if stage == 3:
+        offload.append("engine.offload_parameters=true")
+    runs.check(schedule, *offload, "steps=3", ranks=2)
+    shutil.rmtree(runs.folder / "run" / "pipeline")
+    losses = runs.check(schedule, *offload, "steps=5")
+    assert losses == pytest.approx(expected, **EXACTLY)
 
 
 @pytest.mark.slow
