@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-SOURCES := cfld preprocessing shards train tests
+SOURCES := cfld preprocessing shards train demo tests
 
-.PHONY: setup lint types test test-slow format clean
+.PHONY: setup demo lint types test test-slow format clean
 
 setup: $(READY)
 
@@ -13,6 +13,9 @@ $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
+
+demo: $(READY)
+	$(BIN)/python -m demo
 
 lint: $(READY)
 	$(BIN)/ruff check $(SOURCES)

@@ -23,7 +23,7 @@ MAX_ROWS_PER_REASON = 8
 MAX_IMAGES_PER_REASON = 6
 MAX_BARS = 30  # what lies beyond is one more bar
 
-_COLUMNS = (
+COLUMNS = (
     "key", "name", "person", "split", "shard", "image_offset", "image_size", "height", "width",
     "keypoints", "num_people",
 )  # fmt: skip
@@ -33,7 +33,7 @@ _DRAWN_QUALITY = 80
 _PHOTO_UNDER_SKELETON = 0.35
 _NUM_THREADS = 8
 
-_STYLE = """
+STYLE = """
 .pairs { align-items: flex-start }
 figure { display: table; width: auto }
 figcaption { display: table-caption; caption-side: bottom; line-height: 1.3 }
@@ -64,17 +64,17 @@ def make_report(shards: ShardSet, title: str, options: ReportOptions) -> str:
     if options.split is not None and options.split not in manifest.counts:
         raise FormatError(f"no split {options.split!r}; there are {', '.join(manifest.counts)}")
     splits = [options.split] if options.split is not None else list(manifest.counts)
-    index = shards.read_index(_COLUMNS)
+    index = shards.read_index(COLUMNS)
     chosen = index.filter(pc.field("split").isin(splits))
     body = [
         *_describe(shards),
-        *_contact_sheets(shards, index, splits, options),
+        *contact_sheets(shards, index, splits, options),
         *_distributions(chosen, ", ".join(splits)),
         *_rejects(shards, index),
         "<h2>Settings</h2>",
         _text_table(["Setting", "Value"], _flatten(manifest.settings)),
     ]
-    return make_page(title, body, _STYLE)
+    return make_page(title, body, STYLE)
 
 
 def _describe(shards: ShardSet) -> list[str]:
@@ -110,9 +110,10 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[list[str
             yield [f"{prefix}{name}", "none" if value is None else str(value)]
 
 
-def _contact_sheets(
+def contact_sheets(
     shards: ShardSet, index: pa.Table, splits: Sequence[str], options: ReportOptions
 ) -> Iterator[str]:
+    """Yield the HTML of pairs with their skeletons, for a page with `STYLE`."""
     generator = np.random.default_rng(options.seed)
     pairs = shards.read_pairs()
     for number, split in enumerate(splits):

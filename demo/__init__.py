@@ -1,0 +1,1 @@
+"""The whole way on drawn persons: photos, shards, training, pictures, scores, in one command."""
