@@ -226,7 +226,7 @@ def _draw_face(
 def _sample_texture(generator: np.random.Generator, kind: str) -> Texture:
     u = generator.uniform
     first = _cloth_colour(generator)
-    second = _contrasting_colour(generator, first)
+    second = _second_colour(generator, first)
     # Periods in body heights: stripes of 3 to 6 pixels on a figure of 58 pixels.
     frequency, tilt = 1 / (u(0.085, 0.13) if kind == "dots" else u(0.11, 0.2)), u(0, np.pi)
     if kind == "checks":
@@ -263,6 +263,16 @@ def _contrasting_colour(generator: np.random.Generator, other: Colour) -> Colour
     while True:
         colour = _cloth_colour(generator)
         if 0.2 < abs(_luminance(colour) - _luminance(other)) < 0.45:
+            return colour
+
+
+def _second_colour(generator: np.random.Generator, first: Colour) -> Colour:
+    """The other colour of a pattern, a shade of nearly the same hue: a garment has one colour."""
+    hue, saturation, _ = colorsys.rgb_to_hsv(*first)
+    while True:
+        shift, factor, value = generator.uniform((-0.05, 0.6, 0.15), (0.05, 1.4, 1.0))
+        colour = colorsys.hsv_to_rgb((hue + shift) % 1, min(saturation * factor, 1), value)
+        if 0.15 < abs(_luminance(colour) - _luminance(first)) < 0.3 and min(colour) < 0.6:
             return colour
 
 
