@@ -1,4 +1,4 @@
-"""Command: restyle part of a photo, mix two persons' looks, or walk through poses (CFLD 4.6)."""
+"""Command: restyle part of a photo, mix two persons, walk through poses (CFLD Sec. 4.6)."""
 
 from __future__ import annotations
 

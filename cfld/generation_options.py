@@ -46,10 +46,10 @@ def run_command(work: Callable[[], int]) -> int:
         logger.error("stopped: %s", error)
         return 1
     except torch.OutOfMemoryError as error:
-        logger.error("out of memory, choose a smaller --batch-size: %s", error)
+        logger.error("out of memory; a smaller --batch-size or --dtype fp16 needs less: %s", error)
         return 1
     except KeyboardInterrupt:
-        logger.error("interrupted; run the same command to go on")
+        logger.error("interrupted; run the same command again")
         return 1
 
 
