@@ -15,7 +15,8 @@ from preprocessing.check import check
 from preprocessing.datasets import DATASETS
 from preprocessing.job import JobResult, run_job
 from preprocessing.job_settings import ORIGINAL, JobSettings, SettingsError
-from preprocessing.latent_stage import LatentError, LatentSettings
+from preprocessing.latent_actor import LatentError
+from preprocessing.latent_stage import LatentSettings
 from preprocessing.photo_reader import PhotoStoreError
 from preprocessing.store import OutputError, Store
 

@@ -33,12 +33,8 @@ from preprocessing.keypoint_stage import (
     estimate_keypoints,
     read_estimates,
 )
-from preprocessing.latent_stage import (
-    LATENTS_FOLDER,
-    LatentSettings,
-    LatentStage,
-    publish_latents,
-)
+from preprocessing.latent_actor import LATENTS_FOLDER
+from preprocessing.latent_stage import LatentSettings, LatentStage, publish_latents
 from preprocessing.listing_stage import (
     PhotoListing,
     list_dataset,

@@ -5,11 +5,12 @@ python tests/benchmarks/bench_loader.py [FOLDER]     drawn photos and shards are
 
 import io
 import itertools
+import math
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 
@@ -28,12 +29,13 @@ from shards.format import open_shards
 from tests.train.conftest import write_shards
 from tests.train.nginx import has_nginx, slow_server
 from train.loader import Loader, LoaderConfig
-from train.order import OrderConfig
+from train.order import OrderConfig, PairSet
 from train.pairs import PairTable, SetConfig, read_pairs
 from train.shard_cache import CacheConfig, ShardFiles
 
 PHOTO, PERSONS, VIEWS, BATCH, NUM_ROUNDS = (1101, 750), 150, 4, 16, 5
 SMALL_PERSONS, NUM_PHOTOS, NUM_WARM_UP = 500, 60, 6
+DEEPFASHION_PAIRS = 101_966
 STEP_PAIRS, STEP_S, NUM_STEPS = 48, 48 / 150, 40
 
 JOINT_X = (50, 50, 41, 38, 37, 59, 62, 63, 45, 44, 44, 55, 56, 56, 48, 52, 46, 54)
@@ -208,6 +210,32 @@ def stream_from_far(folder: Path) -> None:
     )
 
 
+def time_first_batch(table: PairTable) -> None:
+    """From nothing to the first batch, at random steps of a run on as many pairs as DeepFashion."""
+    repeats = math.ceil(DEEPFASHION_PAIRS / len(table.source))
+    pairs = np.tile(table.sets[0].shards, repeats)
+    large = replace(
+        table,
+        source=np.tile(table.source, repeats),
+        target=np.tile(table.target, repeats),
+        sets=(PairSet(shards=pairs),),
+    )
+    order = OrderConfig(global_batch=224)
+    seconds = []
+    for step in np.random.default_rng(0).integers(0, 100 * len(pairs) // 224, 7).tolist():
+        start = time.perf_counter()
+        loader = Loader(large, order, LoaderConfig(use_latents=False), micro_batch=28)
+        epoch, step = divmod(step, loader.steps_per_epoch)
+        loader.load_state_dict(loader.state_dict() | {"epoch": epoch, "step": step})
+        batch = next(iter(loader))
+        seconds.append(time.perf_counter() - start)
+        assert (batch.epoch, batch.step) == (epoch, step)
+    sys.stdout.write(
+        f"first batch after a resume at a random step, {len(pairs):,} pairs: "
+        f"{median(seconds):.2f} s ({min(seconds):.2f}-{max(seconds):.2f})\n"
+    )
+
+
 def compare_small_reads(folder: Path) -> None:
     """Image and record of every 64x128 sample: by place in random order, or streamed."""
     table = read_pairs([SetConfig(url=str(folder))])
@@ -262,6 +290,7 @@ def main(folder: Path) -> None:
         f"ours {megabytes_per_pair(our_batches(table, 1)):.2f}, "
         f"with latents {megabytes_per_pair(our_batches(table, 1, use_latents=True)):.2f}\n"
     )
+    time_first_batch(table)
     compare_small_reads(folder / "small")
     for use_latents in (False, True):
         shares = [wait_share(our_batches(table, 2, STEP_PAIRS, use_latents)) for _ in range(3)]

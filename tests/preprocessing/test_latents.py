@@ -23,7 +23,8 @@ from cfld.components import PixelAutoencoder
 from cfld.images import decode_image
 from preprocessing.build_shards import main
 from preprocessing.inspect_shards import main as inspect
-from preprocessing.latent_stage import LatentActor, LatentError, LatentSettings, LatentStage
+from preprocessing.latent_actor import LatentActor, LatentError
+from preprocessing.latent_stage import LatentSettings, LatentStage
 from preprocessing.store import Store
 from shards.format import ShardSet, open_shards
 
@@ -51,7 +52,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def begin_latents(
-    output: Path, vae: str, splits: Collection[str] = ("train", "test")
+    output: Path | str, vae: str, splits: Collection[str] = ("train", "test")
 ) -> LatentStage:
     """Begin in this process what the command does with actors."""
     settings = LatentSettings.of(vae, ())
@@ -157,6 +158,20 @@ def test_killed_while_encoding_it_goes_on_to_the_same_bytes(
     assert files_of(output) == files_of(plain)  # still whole, as it was
     assert main(command(drawn_root, output, "--latents", vae)) == 0
     assert files_of(output) == files_of(stored)
+
+
+def test_latents_are_added_in_a_remote_store(plain: Path, stored: Path, vae: str) -> None:
+    output = "memory://latents/out"
+    for name, data in files_of(plain).items():
+        Store.open(output).write_bytes(name, data)
+    stage = begin_latents(output, vae)
+    actor = LatentActor(stage.store, vae)
+    for block in stage.blocks():
+        actor(block)
+    stage.finish()
+    stage.store.remove_work()
+    found = {name: stage.store.read_bytes(name) for name in stage.store.names()}
+    assert found == files_of(stored)
 
 
 @pytest.mark.parametrize("num_moved", [0, 2])

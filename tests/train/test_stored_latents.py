@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cfld.codec import CodecConfig, VaeCodec, build_codec
-from preprocessing.latent_stage import LatentActor, LatentSettings, LatentStage
+from preprocessing.latent_actor import LatentActor
+from preprocessing.latent_stage import LatentSettings, LatentStage
 from preprocessing.store import Store
 from shards.format import open_shards
 from tests.train.conftest import write_shards
