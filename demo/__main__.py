@@ -67,7 +67,7 @@ def _make_stages(options: argparse.Namespace, work: Path) -> list[Stage]:
             title="Turn the photos into pairs and shards (Ray Data)",
             command=(python, "-m", "preprocessing.build_shards", "--dataset", "synthetic",
                      "--root", str(figures), "--output", str(shards),
-                     "--image-size", "64", "64"),
+                     "--image-size", "original"),
         ),
         Stage(
             name="train",
