@@ -50,7 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError) as error:
         logger.error("%s", error)
         return 2
-    CFLDPipeline.from_model(model, codec).save_pretrained(options.output)
+    except KeyboardInterrupt:
+        logger.error("interrupted; nothing was written, run the same command again")
+        return 1
+    try:
+        CFLDPipeline.from_model(model, codec).save_pretrained(options.output)
+    except (OSError, KeyboardInterrupt) as error:
+        logger.error("%s is not complete: %s; delete it", options.output, error or "interrupted")
+        return 1
     logger.info("%s holds the pipeline", options.output)
     return 0
 

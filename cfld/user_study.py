@@ -165,6 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (StudyError, SourceError, ResultError) as error:
         logger.error("%s", error)
         return 2
+    except KeyboardInterrupt:
+        logger.error("interrupted; run the same command again")
+        return 1
 
 
 def _make(args: argparse.Namespace) -> int:

@@ -28,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         sys.stderr.write(f"draw_figures: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; the same command goes on\n")
+        return 1
     num_images = len(settings.persons) * settings.images_per_person
     sys.stdout.write(f"{options.output}: {num_images} images of {len(settings.persons)} persons\n")
     return 0

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _NUM_NAMED = 8
 _BEAT_S = 5.0
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _DONE = "done"
 
 
@@ -84,19 +85,25 @@ def describe_pairs(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 class StopSignal:
-    """Whether the run was told to stop (SIGTERM); it then ends after the step under way."""
+    """Whether the run was told to stop: SIGTERM, or Ctrl-C. It then ends after the step under way.
+
+    A second Ctrl-C ends it at once; what was learned since the last checkpoint is lost then.
+    """
 
     def __init__(self) -> None:
         self.is_set = False
-        self._before = signal.signal(signal.SIGTERM, self._set)
+        self._before = {each: signal.signal(each, self._set) for each in _STOP_SIGNALS}
 
     def _set(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
+        del frame
         self.is_set = True
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[signal.SIGINT])
 
     def close(self) -> None:
-        """Give the signal its former meaning back."""
-        signal.signal(signal.SIGTERM, self._before)
+        """Give the signals their former meaning back."""
+        for each, before in self._before.items():
+            signal.signal(each, before)
 
 
 class Heartbeat:

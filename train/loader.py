@@ -143,7 +143,7 @@ class Loader:
                     prefetch_factor=ahead if num_workers else None,
                     multiprocessing_context="fork" if num_workers else None,
                     generator=torch.Generator(),  # else it would draw from the trainer's
-                    worker_init_fn=partial(_outlive_sigterm, is_over),
+                    worker_init_fn=partial(_outlive_stop_signals, is_over),
                 )
             )
             # One batch is taken ahead, so that the trainer does not wait for the copy.
@@ -331,8 +331,8 @@ def _ending_flag() -> Iterator[mmap.mmap]:
         atexit.unregister(end)
 
 
-def _outlive_sigterm(is_over: mmap.mmap, worker: int) -> None:
-    """Let the trainer, which gets the same signal, finish its step; end when it wants no more."""
+def _outlive_stop_signals(is_over: mmap.mmap, worker: int) -> None:
+    """Let the trainer, which gets the same signals, finish its step; end when it wants no more."""
     del worker
 
     def end_if_over(signal_number: int, frame: FrameType | None) -> None:
@@ -341,6 +341,7 @@ def _outlive_sigterm(is_over: mmap.mmap, worker: int) -> None:
             os._exit(0)
 
     signal.signal(signal.SIGTERM, end_if_over)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes
 
 
 def _as_it_is(filled: Any) -> Any:

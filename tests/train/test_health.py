@@ -23,11 +23,20 @@ def test_only_the_first_pairs_are_named() -> None:
     assert describe_pairs(pairs).endswith("a7 > b7 and 2 more")
 
 
-def test_the_signal_is_noticed_and_given_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_signal_is_noticed_and_given_back(number) -> None:
+    before = signal.getsignal(number)
     stop = StopSignal()
     assert not stop.is_set
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
     assert stop.is_set
     stop.close()
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_interruption_is_an_interruption() -> None:
+    stop = StopSignal()
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    stop.close()

@@ -93,12 +93,19 @@ def test_resumes_on_other_ranks_stage_and_micro_batch(runs, stage) -> None:
     assert_same_state(runs.folder / "run", runs.folder / "unbroken", atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_sigterm_saves_and_the_same_command_goes_on_exactly(runs, ranks) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "number"),
+    [
+        (1, signal.SIGTERM),
+        pytest.param(1, signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_told_to_stop_it_saves_and_the_same_command_goes_on_exactly(runs, ranks, number) -> None:
     schedule = "schedule.kind=constant"  # which does not depend on how many steps there will be
     pids, lines = runs.start_and_watch("steps=1000", schedule, ranks=ranks)
     assert any("step 1 of 1000" in line for line in lines)
-    os.kill(pids[-1], signal.SIGTERM)  # one rank is told, all stop
+    os.kill(pids[-1], number)  # one rank is told, all stop
     assert "stopped after step" in "".join(lines)
     assert runs.wait(pids) == [0] * ranks
     assert not (runs.folder / "run" / "pipeline").exists()
