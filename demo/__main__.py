@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from demo.held_out import HeldOut, write_pairs
-from demo.report import RESULTS_FILE, Demonstration, write_report
+from demo.report import PICTURE_FILE, Demonstration, write_report
 from demo.stages import Stage, StageError, describe_seconds, run_stages
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--output", type=Path, default=REPOSITORY / "demo", metavar="DIR",
-        help=f"gets report.html and work/, with {RESULTS_FILE} (default: %(default)s)",
+        help=f"gets report.html, {PICTURE_FILE} and work/ (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--ranks", type=int, default=min(2, torch.cuda.device_count()) or 2, metavar="N",

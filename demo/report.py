@@ -25,6 +25,7 @@ from preprocessing.shard_report import STYLE as PAIRS_STYLE
 from shards.format import open_shards
 
 RESULTS_FILE = "results.json"
+PICTURE_FILE = "pictures.png"
 SCORES = {
     "silhouette_iou": "silhouette IoU ↑",
     "clothes_error": "error of clothes' colour ↓",
@@ -90,17 +91,22 @@ class Demonstration:
 
 
 def write_report(path: Path, demonstration: Demonstration) -> str:
-    """Write the page, and the scores as JSON into the work folder; return their table as text."""
+    """Write the page, the held-out pictures beside it and the scores as JSON into the work folder.
+
+    Return the scores as a table of text.
+    """
     scores = demonstration.scores()
     results = json.dumps({name: _finite(each) for name, each in scores.items()}, indent=2)
     (demonstration.work / RESULTS_FILE).write_text(results + "\n", encoding="utf-8")
     rows = [[name, *_cells(each)] for name, each in scores.items()]
     header = ["held-out persons", *SCORES.values()]
+    pictures = _held_out_rows(demonstration)
+    path.with_name(PICTURE_FILE).write_bytes(encode_png(_side_by_side(pictures)))
     body = [
         *_introduce(demonstration),
         make_table(header, rows),
         "<h2>Held-out persons</h2>",
-        _picture_table(PICTURE_COLUMNS, _held_out_rows(demonstration)),
+        _picture_table(PICTURE_COLUMNS, pictures),
         "<h2>The same pairs while training went on</h2>",
         _picture_table(*_film(demonstration.work / "run" / "pictures")),
         "<h2>Training loss</h2>",
@@ -138,6 +144,16 @@ def _held_out_rows(demonstration: Demonstration) -> list[list[UInt8[np.ndarray, 
         demonstration.wrongly_generated[places],
     ]
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _side_by_side(
+    rows: Sequence[Sequence[UInt8[np.ndarray, "_ _ 3"]]], zoom: int = 2
+) -> UInt8[np.ndarray, "_ _ 3"]:
+    """Join rows of pictures to one, half of the rows beside the other half."""
+    half = len(rows) // 2
+    cells = np.array([[*rows[number], *rows[half + number]] for number in range(half)])
+    joined = rearrange(cells, "rows columns h w c -> (rows h) (columns w) c")
+    return joined.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
 def _film(folder: Path) -> tuple[list[str], list[list[UInt8[np.ndarray, "_ _ 3"]]]]:

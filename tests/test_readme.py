@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cfld.openpose import HUB_FILENAME
 from train.config import load_train_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -79,3 +80,17 @@ def test_the_tree_is_the_tree():
     folders = re.findall(r"(?m)^    ([a-z]+)/ ", tree)
     assert {"cfld", "demo", "preprocessing", "shards", "tests", "train"} <= set(folders)
     assert all((REPOSITORY / folder).is_dir() for folder in folders)
+
+
+def test_messages_are_the_programs_own():
+    rows = re.findall(r"(?m)^\| (`.*`) \|", README[README.index("## Troubleshooting") :])
+    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
+    assert len(quoted) > 8
+    sources = [
+        path.read_text(encoding="utf-8")
+        for package in ("cfld", "preprocessing", "train")
+        for path in (REPOSITORY / package).rglob("*.py")
+    ]
+    # Strings that go on in the next line, and values that are filled in.
+    joined = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources)).replace("{HUB_FILENAME}", HUB_FILENAME)
+    assert [text for text in quoted if text not in joined] == []
