@@ -49,10 +49,8 @@ class LatentSettings:
         Raises:
             SettingsError: If there is no VAE, or a size is no multiple of its factor.
         """
-        from cfld.codec import (
-            CodecConfig,
-            VaeCodec,
-        )  # diffusers takes seconds, and is rarely needed
+        # Only here and in the actor: diffusers takes seconds, and most jobs do not need it.
+        from cfld.codec import CodecConfig, VaeCodec
 
         try:
             codec = VaeCodec(CodecConfig(pretrained=vae))
