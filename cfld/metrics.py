@@ -12,15 +12,16 @@ Images are RGB in [0, 1]. The SSIMs differ in window, covariance and data range,
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -34,9 +35,6 @@ _UNIFORM = np.full(51, 1 / 51)
 _GAUSSIAN = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
 _GAUSSIAN /= _GAUSSIAN.sum()
 _TO_SAMPLE_COVARIANCE = 51**2 / (51**2 - 1)
-
-# Window means of planes, only where the window lies inside the image.
-_WindowMeans = Callable[..., Any]
 
 
 def psnr(generated: Images, target: Images) -> PerImage:
@@ -90,15 +88,20 @@ def pair_metrics(
     check_windows((generated.shape[-2], generated.shape[-1]), names)
     generated, target = generated.float(), target.float()
     if generated.device.type != "cpu":
-        values = _pair_metrics(generated, target, names, _window_means_on_device)
-        return {name: values[name] for name in names}
+        scores = _scores(generated, target, names, _ON_DEVICE)
+        return {name: scores[name] for name in names}
 
-    def work(pair: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
-        return _pair_metrics(pair[0][None], pair[1][None], names, _window_means_on_cpu)
+    def work(pair: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+        return _scores(*pair, names, _ON_CPU)
 
+    # OpenCV wants channels last: no copy, where the memory is in this order already.
+    rows = (rearrange(each, "b c h w -> b h (w c)") for each in (generated, target))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = list(pool.map(work, zip(generated.numpy(), target.numpy(), strict=True)))
-    return {name: torch.from_numpy(np.concatenate([row[name] for row in rows])) for name in names}
+        scores_of_image = list(pool.map(work, zip(*(each.numpy() for each in rows), strict=True)))
+    return {
+        name: torch.tensor([each[name] for each in scores_of_image], dtype=torch.float64)
+        for name in names
+    }
 
 
 def check_windows(size: tuple[int, int], names: Collection[str]) -> None:
@@ -116,87 +119,104 @@ def check_windows(size: tuple[int, int], names: Collection[str]) -> None:
             )
 
 
-def _pair_metrics(x: Any, y: Any, names: Collection[str], means: _WindowMeans) -> dict[str, Any]:
-    """Compute metrics of a batch [batch, 3, height, width] of arrays or tensors.
+@dataclass(frozen=True, kw_only=True)
+class _Operations:
+    """What is done differently on a batch of tensors, and on one image in an array of rows."""
 
-    Variances are those of values less the planes' common mean, without which float32 would lose
-    them to cancellation.
+    plane_means: Callable[[Any], Any]
+    """Of each colour, to subtract."""
+    window_means: Callable[[Any, np.ndarray], Any]
+    """Only where the window lies inside the image; the result may be overwritten."""
+    inside: Callable[[Any, int], Any]
+    """Plane means for so many window means less, on either side."""
+    average: Callable[[Any], Any]
+    spread: Callable[[Any], Any]
+    """Highest less lowest value; NaN if they are equal."""
+
+
+def _scores(x: Any, y: Any, names: Collection[str], at: _Operations) -> dict[str, Any]:
+    """Compute metrics from s = x + y and d = x - y, whose squares all SSIMs share.
+
+    Variances are those of values less the planes' means, without which float32 would lose them to
+    cancellation.
     """
-    values = {}
-    if "psnr" in names:
-        values["psnr"] = -10 * _log10(_average((x - y) ** 2))
-    if set(names) <= {"psnr"}:
-        return values
-    centre = (x + y).mean((2, 3), keepdims=True) / 2
-    if "ssim_paper" in names:
-        moments = _moments(x, y, centre, partial(means, window=_UNIFORM), _TO_SAMPLE_COVARIANCE)
-        values["ssim_paper"] = _average(_ssim_map(moments, 1.0))
-    if "ssim" in names or "ssim_256" in names:
-        moments = _moments(x, y, centre, partial(means, window=_GAUSSIAN), 1.0)
-        if "ssim" in names:
-            values["ssim"] = _average(_ssim_map(moments, 1.0))
-        if "ssim_256" in names:
-            data_range = _highest(x) - _highest(x, -1)
-            data_range[data_range == 0] = np.nan
-            values["ssim_256"] = _average(_ssim_map(moments, data_range))
-    return values
+    s, d = x + y, x - y
+    offset = at.plane_means(s)
+    s -= offset
+    powers = (s, d, s * s, d * d)
+    scores = {"psnr": -10 * _log10(at.average(powers[3]))}
+    windows = (
+        (_UNIFORM, _TO_SAMPLE_COVARIANCE, {"ssim_paper": lambda: 1.0}),
+        (_GAUSSIAN, 1.0, {"ssim": lambda: 1.0, "ssim_256": lambda: at.spread(x)}),
+    )
+    for window, to_covariance, ranges in windows:
+        wanted = {name: find() for name, find in ranges.items() if name in names}
+        if wanted:
+            means = tuple(at.window_means(each, window) for each in powers)
+            around = at.inside(offset, len(window) // 2)
+            maps = _ssim_maps(means, around, to_covariance, wanted.values())
+            scores |= {name: at.average(each) for name, each in zip(wanted, maps, strict=True)}
+    return scores
 
 
-def _moments(
-    x: Any, y: Any, centre: Any, means: Callable[[Any], Any], to_covariance: float
-) -> tuple[Any, ...]:
-    """Return 2 mx my, mx² + my², 2 cov(x, y) and var x + var y at each place of a window.
+def _ssim_maps(
+    means: tuple[Any, ...], offset: Any, to_covariance: float, ranges: Iterable[Any]
+) -> Iterator[Any]:
+    """Yield SSIM at each place for each data range, given the window means of s, d, s² and d².
 
-    The brackets see to it that equal images have equal moments, hence an SSIM of exactly 1.
+    With variances V the usual formula is (s² - d²)(V_s - V_d) / (s² + d²)(V_s + V_d), but for the
+    constants. So equal images, whose d is 0, have an SSIM of exactly 1. Works in place: new arrays
+    would cost as much as the arithmetic.
     """
-    x, y = x - centre, y - centre
-    mean_x, mean_y = means(x), means(y)
-    covariances = (2 * to_covariance) * (means(x * y) - mean_x * mean_y)
-    squares = mean_x * mean_x + mean_y * mean_y
-    variances = to_covariance * (means(x * x + y * y) - squares)
-    mean_x, mean_y = mean_x + centre, mean_y + centre
-    return 2 * mean_x * mean_y, mean_x * mean_x + mean_y * mean_y, covariances, variances
+    s, d, s2, d2 = means
+    s2 -= s * s  # V_s
+    s += offset
+    s *= s
+    d *= d
+    d2 -= d  # V_d
+    squares, variances = s + d, s2 + d2
+    s -= d
+    s2 -= d2
+    for data_range in ranges:
+        c1, c2 = 2 * (0.01 * data_range) ** 2, 2 * (0.03 * data_range) ** 2 / to_covariance
+        ssim_map, structure = s + c1, s2 + c2
+        ssim_map /= squares + c1
+        structure /= variances + c2
+        ssim_map *= structure
+        yield ssim_map
 
 
-def _ssim_map(moments: tuple[Any, ...], data_range: Any) -> Any:
-    product, squares, covariances, variances = moments
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    return (product + c1) / (squares + c1) * ((covariances + c2) / (variances + c2))
-
-
-def _window_means_on_device(planes: Tensor, window: np.ndarray) -> Tensor:
+def _means_on_device(planes: Tensor, window: np.ndarray) -> Tensor:
     kernel = torch.from_numpy(window).to(planes).expand(planes.shape[1], 1, -1)
     down = F.conv2d(planes, kernel[..., None], groups=planes.shape[1])
     return F.conv2d(down, kernel[:, :, None], groups=planes.shape[1])
 
 
-def _window_means_on_cpu(planes: np.ndarray, window: np.ndarray) -> np.ndarray:
-    """OpenCV filters planes some ten times faster than torch's convolution does on a CPU.
-
-    The planes are filtered as one tall image: where a window crosses from one to the next, it does
-    not lie inside the image, and is cut off.
-    """
-    size, inside = len(window), slice(len(window) // 2, -(len(window) // 2))
-    tall = np.ascontiguousarray(planes).reshape(-1, planes.shape[-1])
+def _means_on_cpu(rows: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """OpenCV filters some ten times faster than torch's convolution does on a CPU."""
+    size, edge = len(window), len(window) // 2
+    image = rows.reshape(len(rows), -1, 3)
     if window is _UNIFORM:
-        means = cv2.boxFilter(tall, -1, (size, size))
+        means = cv2.boxFilter(image, -1, (size, size))
     else:
-        means = cv2.sepFilter2D(tall, -1, window, window)
-    return means.reshape(planes.shape)[:, :, inside, inside]
+        means = cv2.sepFilter2D(image, -1, window, window)
+    return np.ascontiguousarray(means[edge:-edge, edge:-edge]).reshape(len(rows) - 2 * edge, -1)
 
 
-def _average(values: Any) -> Any:
+def _plane_means_on_cpu(rows: np.ndarray) -> np.ndarray:
+    """One row, with the mean of each channel where that channel's values stand."""
+    means = cv2.mean(rows.reshape(len(rows), -1, 3))[:3]
+    return np.tile(np.array(means, np.float32), rows.shape[1] // 3)
+
+
+def _spread_on_cpu(rows: np.ndarray) -> np.float32:
+    return np.float32(np.ptp(rows) or np.nan)
+
+
+def _spread_on_device(images: Tensor) -> Tensor:
     axes = (1, 2, 3)
-    if isinstance(values, Tensor):
-        return values.mean(axes, dtype=torch.float64)
-    return values.mean(axes, dtype=np.float64)
-
-
-def _highest(values: Any, sign: int = 1) -> Any:
-    axes = (1, 2, 3)
-    if isinstance(values, Tensor):
-        return sign * (sign * values).amax(axes, keepdim=True)
-    return sign * (sign * values).max(axes, keepdims=True)
+    spread = images.amax(axes, keepdim=True) - images.amin(axes, keepdim=True)
+    return torch.where(spread == 0, torch.nan, spread)
 
 
 def _log10(values: Any) -> Any:
@@ -204,3 +224,19 @@ def _log10(values: Any) -> Any:
         return values.log10()
     with np.errstate(divide="ignore"):
         return np.log10(values)
+
+
+_ON_DEVICE = _Operations(
+    plane_means=lambda images: images.mean((2, 3), keepdim=True),
+    window_means=_means_on_device,
+    inside=lambda means, _edge: means,
+    average=lambda values: values.mean((1, 2, 3), dtype=torch.float64),
+    spread=_spread_on_device,
+)
+_ON_CPU = _Operations(
+    plane_means=_plane_means_on_cpu,
+    window_means=_means_on_cpu,
+    inside=lambda means, edge: means[3 * edge : len(means) - 3 * edge],
+    average=lambda values: cv2.mean(values)[0],
+    spread=_spread_on_cpu,
+)

@@ -23,7 +23,7 @@ from cfld.web_page import image_uri, make_page, make_table
 RANKING = ("lpips", "ssim_paper", "ssim", "psnr")
 NUM_SHOWN = 4
 
-_STYLE = "figure img { width: auto; height: 11rem }"
+_STYLE = ".pairs figure { width: 22rem } .pairs figure img { width: 33% }"
 
 
 @dataclass(frozen=True, kw_only=True)

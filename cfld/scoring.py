@@ -237,8 +237,9 @@ def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def _to_device(
     images: Sequence[Pixels], device: torch.device
 ) -> Float[Tensor, "batch 3 height width"]:
+    # The memory stays in channels-last order, which metrics and convolutions take as it is.
     stacked = torch.from_numpy(np.stack(images)).to(device)
-    return rearrange(stacked, "b h w c -> b c h w").contiguous().float() / 255
+    return rearrange(stacked, "b h w c -> b c h w").float().div_(255)
 
 
 def _cache_key(photos: PhotoSource, size: tuple[int, int], network: torch.nn.Module) -> str:

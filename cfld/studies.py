@@ -30,7 +30,7 @@ GUIDANCE_SCALES = {
 
 _STYLE = """
 .strips { overflow-x: auto } .strips img { height: 11rem; display: block }
-.strips td, .strips th { padding: .15rem; text-align: center; font-size: 12px }
+.strips td, .strips th { padding: .15rem; text-align: center; font-size: 12px; max-width: 7.5rem }
 """
 
 

@@ -87,8 +87,12 @@ def make_folders(root: Path, num_photos: int) -> None:
 
 
 def bench_functions(num_images: int) -> None:
-    generated, target = torch.rand((2, num_images, 3, *SIZE))
-    pairs = list(zip(generated.numpy(), target.numpy(), strict=True))
+    pixels = torch.randint(0, 256, (2, num_images, *SIZE, 3), dtype=torch.uint8)
+    generated, target = pixels.permute(0, 1, 4, 2, 3).float() / 255  # as scoring stacks images
+    pairs = [
+        (x.numpy(), y.numpy())
+        for x, y in zip(generated.contiguous(), target.contiguous(), strict=True)
+    ]
     compare(
         "PSNR and three SSIMs of arrays at 256x176",
         num_images,

@@ -15,7 +15,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from cfld.evaluate import main
 from cfld.metric_networks import load_metric_networks
-from cfld.metrics import PAIR_METRICS
+from cfld.metrics import PAIR_METRICS, pair_metrics
 from cfld.paper_tables import GROUND_TRUTH, TABLE_2_256, TABLE_5, compare, markdown_table
 from cfld.photo_source import SourceError, open_photos
 from cfld.result_files import KNOWN_PATTERNS, Panel, ResultError, find_results
@@ -195,6 +195,20 @@ def test_generated_images_are_truncated_after_an_antialiased_resize() -> None:
     expected = (resized.numpy() * np.float32(255)).clip(0, 255).astype(np.uint8)
     assert (protocol_images(images, (256, 176)).numpy() == expected).all()
     assert protocol_images(torch.full((1, 3, 8, 8), 0.999), (8, 8)).unique().tolist() == [254]
+
+
+def test_images_kept_at_the_models_size_score_as_those_resized_at_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, targets = torch.rand((2, 3, 512, 512), generator=generator).split(1)
+    kept = (images * 255).round() / 255
+    for size in ((256, 176), (512, 352)):
+        at_once, later = (protocol_images(each, size).float() for each in (images, kept))
+        assert (at_once - later).abs().max() <= 1
+        target = protocol_images(targets, size).float() / 255
+        scores = [pair_metrics(each / 255, target) for each in (at_once, later)]
+        assert scores[0]["psnr"].item() == pytest.approx(scores[1]["psnr"].item(), abs=2e-3)
+        for name in ("ssim_paper", "ssim_256", "ssim"):
+            assert scores[0][name].item() == pytest.approx(scores[1][name].item(), abs=3e-4)
 
 
 def test_nan_images_are_refused() -> None:

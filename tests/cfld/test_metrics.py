@@ -53,9 +53,7 @@ def test_equals_scikit_image(name: str, size: tuple[int, int], contrast: float) 
 def test_a_device_computes_what_the_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
     generated, target = smooth_images(3, (96, 80), 0), smooth_images(3, (96, 80), 1)
     on_cpu = metrics.pair_metrics(generated, target)
-    batched = metrics._pair_metrics(
-        generated, target, metrics.PAIR_METRICS, metrics._window_means_on_device
-    )
+    batched = metrics._scores(generated, target, metrics.PAIR_METRICS, metrics._ON_DEVICE)
     for name in metrics.PAIR_METRICS:
         assert batched[name].numpy() == pytest.approx(on_cpu[name].numpy(), abs=1e-6)
 
