@@ -128,9 +128,40 @@ def _evaluate_weights(
     self_checks: Mapping[str, Mapping[str, float]] | None = None,
 ) -> StudyRow:
     """Generate what is not there yet, then score it; self-checks are computed if not given."""
-    weights, output = args.weights, args.output
-    weights_sha256, scheduler = read_identity(weights)
-    settings = ImageSettings(
+    pairs = choose_pairs(photos.pairs or (), args.num_pairs)
+    if not pairs:
+        raise SourceError(f"{photos.where}: there are no pairs of split {args.split!r}")
+    check_number(len(pairs), protocol)
+    job = plan_job(
+        args.output, args.weights, photos, pairs, _image_settings(args, photos),
+        batch_size=args.batch_size, reconstruct=self_checks is None,
+    )  # fmt: skip
+    with reserved(job):
+        run_job(job, choose_devices(args.device, args.workers))
+        results = ResultFiles(
+            folder=job.folder / "images", pattern=PATTERN,
+            files={pair: job.image_path(pair) for pair in pairs}, missing=(), surplus=(),
+        )  # fmt: skip
+        notes = check_results(results, protocol.size, Panel(), resize=True, allow_missing=False)
+        if len(pairs) < (num_pairs := len(photos.pairs or ())):
+            part = f"{len(pairs)} of the {num_pairs} pairs, chosen by a hash of their names"
+            notes = (*notes, f"Only {part}, were generated")
+        reader = ResultReader(files=results.files, photos=photos, size=protocol.size)
+        evaluation = evaluate(
+            f"Scores of {args.weights.name or args.weights}",
+            reader,
+            protocol,
+            settings={"weights": str(args.weights), **asdict(job.settings)},
+            notes=notes,
+            self_checks=self_checks or check_oneself(job, protocol),
+        )
+        write_report(job.folder, evaluation, reader.read)
+    return StudyRow(evaluation, job.folder.name, reader)
+
+
+def _image_settings(args: argparse.Namespace, photos: PhotoSource) -> ImageSettings:
+    weights_sha256, scheduler = read_identity(args.weights)
+    return ImageSettings(
         weights_sha256=weights_sha256,
         photos_sha256=photos.sha256,
         scheduler=args.scheduler or scheduler,
@@ -140,38 +171,6 @@ def _evaluate_weights(
         seed=args.seed,
         dtype=args.dtype or ("fp16" if args.device.startswith("cuda") else "fp32"),
     )
-    pairs = choose_pairs(photos.pairs or (), args.num_pairs)
-    if not pairs:
-        raise SourceError(f"{photos.where}: there are no pairs of split {args.split!r}")
-    check_number(len(pairs), protocol)
-    job = plan_job(
-        output, weights, photos, pairs, settings,
-        batch_size=args.batch_size, reconstruct=self_checks is None,
-    )  # fmt: skip
-    with reserved(job):
-        run_job(job, choose_devices(args.device, args.workers))
-        if self_checks is None:
-            folder = output / "reconstructions"
-            self_checks = check_oneself(pairs, photos, folder, protocol)
-        results = ResultFiles(
-            folder=output / "images", pattern=PATTERN,
-            files={pair: job.image_path(pair) for pair in pairs}, missing=(), surplus=(),
-        )  # fmt: skip
-        notes = check_results(results, protocol.size, Panel(), resize=True, allow_missing=False)
-        if len(pairs) < (num_pairs := len(photos.pairs or ())):
-            part = f"{len(pairs)} of the {num_pairs} pairs, chosen by a hash of their names"
-            notes = (*notes, f"Only {part}, were generated")
-        reader = ResultReader(files=results.files, photos=photos, size=protocol.size)
-        evaluation = evaluate(
-            f"Scores of {weights.name or weights}",
-            reader,
-            protocol,
-            settings={"weights": str(weights), **asdict(settings)},
-            notes=notes,
-            self_checks=self_checks,
-        )
-        write_report(output, evaluation, reader.read)
-    return StudyRow(evaluation, output.name, reader)
 
 
 def _open(args: argparse.Namespace) -> tuple[PhotoSource, Protocol]:
@@ -230,6 +229,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--sweep needs --weights")
     if args.scales and not args.sweep:
         parser.error("--scales needs --sweep guidance")
+    if not args.generated and (args.pattern or args.resize or args.allow_missing):
+        parser.error("--pattern, --resize and --allow-missing need --generated")
     names = [name for name, _ in args.ablations or ()]
     if len(set(names)) < len(names):
         parser.error(f"--ablations: {names} has a name twice")

@@ -14,6 +14,7 @@ import torch
 from cfld.frechet import FeatureStatistics
 from cfld.metric_networks import NETWORK_METRICS, MetricNetworks, load_metric_networks
 from cfld.metrics import PAIR_METRICS, check_windows
+from cfld.pair_images import ImageJob
 from cfld.paper_tables import GROUND_TRUTH, TABLE_OF_SIZE, VAE_RECONSTRUCTION
 from cfld.photo_source import Pair, PhotoSource
 from cfld.report import Evaluation
@@ -130,21 +131,19 @@ def evaluate(
     )
 
 
-def check_oneself(
-    pairs: Sequence[Pair], photos: PhotoSource, reconstructions: Path, protocol: Protocol
-) -> dict[str, dict[str, float]]:
-    """Score the targets themselves, and the files `{target}.png` of their reconstructions.
+def check_oneself(job: ImageJob, protocol: Protocol) -> dict[str, dict[str, float]]:
+    """Score the targets of a finished job themselves, and their reconstructions.
 
     Each target counts as often as it occurs in the pairs, as the generated images do.
     """
     files: dict[str, dict[Pair, Path | None]] = {
-        GROUND_TRUTH: dict.fromkeys(pairs),
-        VAE_RECONSTRUCTION: {pair: reconstructions / f"{pair[1]}.png" for pair in pairs},
+        GROUND_TRUTH: dict.fromkeys(job.pairs),
+        VAE_RECONSTRUCTION: {pair: job.reconstruction_path(pair[1]) for pair in job.pairs},
     }
     checks = {}
     for label, each in files.items():
         logger.info("scoring the self-check: %s", label)
-        reader = ResultReader(files=each, photos=photos, size=protocol.size)
+        reader = ResultReader(files=each, photos=job.photos, size=protocol.size)
         scores = score(reader.read_all(), protocol.networks, protocol.metrics)
         checks[label] = scores.means() | scores.fids(protocol.references)
     return checks

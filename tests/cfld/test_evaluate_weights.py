@@ -337,6 +337,10 @@ def test_ablations(weights, shards, tmp_path, capsys, caplog):
         (["--sweep", "guidance", "--generated", "."], "--sweep needs --weights"),
         (["--weights", ".", "--scales", "1,2"], "--scales needs --sweep guidance"),
         (["--weights", ".", "--sweep", "guidance", "--scales", "1"], "'1' is not POSE,APPEARANCE"),
+        (
+            ["--weights", ".", "--resize"],
+            "--pattern, --resize and --allow-missing need --generated",
+        ),
         (["--ablations", "B1=.", "B1=."], r"--ablations: \['B1', 'B1'\] has a name twice"),
         (["--ablations", "../x=."], "'../x=.' is not NAME=DIR"),
         (["--ablations", "B1"], "'B1' is not NAME=DIR"),
