@@ -129,7 +129,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="that are scored of each of the 20 (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--sampling-steps", type=int, default=20, metavar="N", help="of DDIM (%(default)s)"
+        "--sampling-steps", type=int, default=8, metavar="N", help="of DDIM (%(default)s)"
     )
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="PART.FIELD=VALUE",
