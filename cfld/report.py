@@ -23,7 +23,7 @@ from cfld.web_page import image_uri, make_page, make_table
 RANKING = ("lpips", "ssim_paper", "ssim", "psnr")
 NUM_SHOWN = 4
 
-_STYLE = ".pairs figure { width: 22rem } .pairs figure img { width: 33% }"
+_STYLE = ".pairs figure { width: 16.25rem } .pairs figure img { width: 33% }"
 
 
 @dataclass(frozen=True, kw_only=True)
