@@ -86,13 +86,16 @@ def check_latents(loader: Loader, config: CFLDConfig, codec: Codec) -> None:
     """
     if loader.latent_shape is None:
         return
-    remedy = "or encode images in every step: '--set loader.use_latents=false'"
+    without = "encode images in every step: '--set loader.use_latents=false'"
     expected = (2 * config.codec.latent_channels, *config.latent_size)
     if loader.latent_shape != expected:
+        fitting = (
+            f"build the shards with --image-size {config.image_size[0]} {config.image_size[1]} and "
+            "--latents of the model's VAE, or "
+        )
         raise ValueError(
             f"stored latents have the shape {list(loader.latent_shape)}, the model needs "
-            f"{list(expected)}; build the shards with --image-size {config.image_size[0]} "
-            f"{config.image_size[1]} and --latents of the model's VAE, {remedy}"
+            f"{list(expected)}; {fitting if isinstance(codec, VaeCodec) else ''}{without}"
         )
     if not isinstance(codec, VaeCodec):
         return
@@ -102,7 +105,7 @@ def check_latents(loader: Loader, config: CFLDConfig, codec: Codec) -> None:
             raise ValueError(
                 f"the stored latents of {identity.dataset} are of the VAE {latents['vae']}, whose "
                 f"weights are not those of model.codec.pretrained, {config.codec.pretrained}; use "
-                f"one VAE for both, {remedy}"
+                f"one VAE for both, or {without}"
             )
 
 

@@ -53,8 +53,13 @@ def test_losses_are_those_of_training_from_images(runs) -> None:
 def test_latents_of_another_size_are_refused(runs) -> None:
     folder = write_shards(runs.folder / "set", latent_shape=(8, 8, 8))
     assert runs.run(f"data.drawn.url={folder}") == [2]
-    assert "stored latents have the shape [8, 8, 8], the model needs [96, 16, 16]" in runs.said()
-    assert "loader.use_latents=false" in runs.said()
+    expected = (
+        "stored latents have the shape [8, 8, 8], the model needs [96, 16, 16]; encode images"
+    )
+    assert expected in runs.said()
+    vae = save_vae(runs.folder / "vae", seed=0)
+    assert runs.run(f"data.drawn.url={folder}", *use_vae(vae)) == [2]
+    assert "build the shards with --image-size 64 64 and --latents of the model's" in runs.said()
 
 
 def test_the_hash_is_of_the_weights_wherever_they_lie(tmp_path) -> None:
