@@ -240,7 +240,7 @@ def test_networks_score_the_self_checks_too(weights, shards, tmp_path, metric_we
     if metric == "lpips":
         assert truth["lpips"] == 0 < reconstructed["lpips"] < value
     else:
-        assert 0 < truth[metric] == pytest.approx(reconstructed[metric], rel=0.05)
+        assert 0 < truth[metric] == pytest.approx(reconstructed[metric], rel=0.2)
         assert truth[metric] < value
         assert document["settings"]["FID reference images"] == len(NAMES)
 
