@@ -76,7 +76,7 @@ def _make_stages(options: argparse.Namespace, work: Path) -> list[Stage]:
                      "--num_accelerators", str(ranks), str(REPOSITORY / "train/main.py"),
                      "--config", str(REPOSITORY / "train/configs/tiny.yaml"),
                      "--set", f"data.figures.url={shards}", f"validation.url={shards}",
-                     f"output={run}", *options.set),
+                     "validation.split=test", f"output={run}", *options.set),
         ),
         *(
             Stage(

@@ -67,7 +67,11 @@ def test_a_folder_of_photos_becomes_a_pipeline_that_makes_pictures(people, share
         next(iter(people.values()))
     )
     assert shards.read_pairs("train").num_rows >= 20
-    sets = (f"data.photos.url={tmp_path / 'shards'}", f"validation.url={tmp_path / 'shards'}")
+    sets = (
+        f"data.photos.url={tmp_path / 'shards'}",
+        f"validation.url={tmp_path / 'shards'}",
+        "validation.split=test",
+    )
     run(DEEPSPEED, "--num_accelerators", 2, REPOSITORY / "train" / "main.py",
         "--config", REPOSITORY / "train" / "configs" / "tiny.yaml",
         "--set", *sets, f"output={tmp_path / 'run'}", "steps=2")  # fmt: skip
