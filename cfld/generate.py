@@ -19,12 +19,10 @@ from cfld.generation_jobs import (
 )
 from cfld.generation_options import (
     POSE_HELP,
-    WeightsError,  # noqa: F401  # callers of this module catch it
     add_pose_options,
     add_sampling_options,
     add_weights,
     load_chosen,
-    load_pipeline,  # noqa: F401  # as above
     make_estimator,
     make_parser,
     positive,

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 RECORD_FILE = "stages.json"
+_MOST_SECONDS_TO_STOP = 40  # the launcher itself gives its ranks 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +107,33 @@ def _run(stage: Stage) -> None:
     # DeepSpeed warns of having found no accelerator unless it is told that there is none.
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | os.environ
     try:
-        code = subprocess.run(stage.command, env=environment, check=False).returncode
+        process = subprocess.Popen(stage.command, env=environment, start_new_session=True)
     except OSError as error:
         raise StageError(f"{stage.title}: {stage.command[0]} cannot be run: {error}") from error
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        logger.info("\nstopping: what is under way is being saved")
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait()
+        _wait_for_group(process.pid)
+        raise
     if code:
         raise StageError(
             f"{stage.title}: the command above ended with exit code {code}; once what it says is "
             "mended, the same command goes on from there"
         )
+
+
+def _wait_for_group(group: int) -> None:
+    """Wait for what a launcher left behind when it ended: ranks that write a checkpoint."""
+    deadline = time.monotonic() + _MOST_SECONDS_TO_STOP
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
 
 
 def _write_records(folder: Path, records: dict[str, StageRecord]) -> None:

@@ -1,3 +1,4 @@
+import os
 import sys
 
 import pytest
@@ -44,6 +45,24 @@ def test_an_interruption_is_recorded(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run_stages([stage("one", "", prepare=interrupt)], tmp_path)
+    assert not read_records(tmp_path)["one"].is_done
+
+
+def test_ctrl_c_waits_for_what_a_launcher_leaves_behind(tmp_path):
+    """The command ends at once; what it started goes on and saves something first."""
+    saved = tmp_path / "saved"
+    rank = (
+        "import signal, time; signal.signal(signal.SIGINT, lambda *_: None); print(flush=True); "
+        f"signal.pause(); time.sleep(0.5); open({str(saved)!r}, 'w')"
+    )
+    launcher = (
+        "import os, signal, subprocess, sys; "
+        f"p = subprocess.Popen([sys.executable, '-c', {rank!r}], stdout=subprocess.PIPE); "
+        f"p.stdout.readline(); os.kill({os.getpid()}, signal.SIGINT); p.wait()"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run_stages([stage("one", launcher)], tmp_path)
+    assert saved.exists()
     assert not read_records(tmp_path)["one"].is_done
 
 
