@@ -15,7 +15,8 @@ from fsspec.implementations.local import LocalFileSystem
 from preprocessing.listing_stage import PhotoListing
 from preprocessing.pairs import explain_unpaired, make_pairs, number_persons
 from preprocessing.rejects import count_reasons
-from preprocessing.shard_stage import record_file, rejects_file, shard_of_record
+from preprocessing.shard_stage import record_file, rejects_file
+from preprocessing.shard_writer import shard_of_record
 from preprocessing.store import Store
 from shards.format import (
     INDEX_FILE,

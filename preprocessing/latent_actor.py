@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,9 +15,9 @@ from jaxtyping import Float16, UInt8
 
 from cfld.images import decode_image, to_floats
 from preprocessing.actor_pool import answer
-from preprocessing.shard_writer import TarWriter
+from preprocessing.shard_writer import ShardWriter, write_record
 from preprocessing.store import WORK_FOLDER, OutputError, Store
-from shards.format import INDEX_SCHEMA, ShardFile, member_name
+from shards.format import INDEX_SCHEMA, member_name
 
 LATENTS_FOLDER = f"{WORK_FOLDER}/latents"
 
@@ -61,22 +59,15 @@ class LatentActor:
             )
         with (
             self._store.new_file(f"{LATENTS_FOLDER}/{name}") as file,
-            TarWriter(file) as tar,
+            ShardWriter(file) as tar,
         ):
             latents = self._encode(data, rows)
             written = [
                 _add_sample(tar, data, row, latent)
                 for row, latent in zip(rows, latents, strict=True)
             ]
-        shard = ShardFile(
-            name=name,
-            split=rows[0]["split"],
-            num_images=len(rows),
-            size_bytes=tar.size_bytes,
-            sha256=tar.sha256,
-        )
-        schema = INDEX_SCHEMA.with_metadata({"shard": json.dumps(asdict(shard))})
-        self._store.write_table(record_file(name), pa.Table.from_pylist(written, schema))
+            shard = tar.finish(name, rows[0]["split"], len(rows))
+        write_record(self._store, record_file(name), written, INDEX_SCHEMA, shard)
 
     def _encode(
         self, data: bytes, rows: Sequence[Mapping[str, Any]]
@@ -115,7 +106,7 @@ def _decode(
 
 
 def _add_sample(
-    tar: TarWriter,
+    tar: ShardWriter,
     data: bytes,
     row: Mapping[str, Any],
     latent: Float16[np.ndarray, "channels height width"],

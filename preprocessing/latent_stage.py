@@ -12,7 +12,7 @@ from preprocessing.actor_pool import run_actors
 from preprocessing.assembly import write_rows
 from preprocessing.job_settings import SettingsError
 from preprocessing.latent_actor import LATENTS_FOLDER, LatentActor, record_file
-from preprocessing.shard_stage import shard_of_record
+from preprocessing.shard_writer import shard_of_record
 from preprocessing.store import Store
 from shards.format import (
     INDEX_FILE,

@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,14 +26,13 @@ from preprocessing.drawing_png import encode_drawing
 from preprocessing.listing import Reject
 from preprocessing.photo_reader import read_ahead
 from preprocessing.rejects import rejects_table
-from preprocessing.shard_writer import TarWriter
+from preprocessing.shard_writer import ShardWriter, write_record
 from preprocessing.store import WORK_FOLDER, Store
 from shards.format import (
     INDEX_SCHEMA,
     NUM_JOINTS,
     POSE_SIZE,
     SAMPLE_FIELDS,
-    ShardFile,
     member_name,
 )
 
@@ -94,23 +93,16 @@ def build_shard(store: Store, order: ShardOrder, photos: pa.Table) -> int:
     rows: list[dict[str, Any]] = []
     rejects: list[tuple[Reject, str]] = []
     paths = photos["path"].to_pylist()
-    with store.new_file(order.name) as file, TarWriter(file) as tar:
+    with store.new_file(order.name) as file, ShardWriter(file) as tar:
         for data, photo in zip(read_ahead(paths), photos.to_pylist(), strict=True):
             image = _try_to_store(data, order)
             if isinstance(image, ImageError):
                 rejects.append((_reject(photo, image), photo["name"]))
             else:
                 rows.append(_add_sample(tar, order, photo, image))
-    shard = ShardFile(
-        name=order.name,
-        split=order.split,
-        num_images=len(rows),
-        size_bytes=tar.size_bytes,
-        sha256=tar.sha256,
-    )
-    record = pa.Table.from_pylist(rows, RECORD_SCHEMA.with_metadata({"shard": _to_json(shard)}))
+        shard = tar.finish(order.name, order.split, len(rows))
     store.write_table(rejects_file(order.name), rejects_table(rejects))
-    store.write_table(record_file(order.name), record)
+    write_record(store, record_file(order.name), rows, RECORD_SCHEMA, shard)
     return len(rows)
 
 
@@ -122,11 +114,6 @@ def record_file(shard: str) -> str:
 def rejects_file(shard: str) -> str:
     """Return where a finished shard's rejects are kept until all shards are finished."""
     return f"{RECORDS_FOLDER}/{shard}.rejects.parquet"
-
-
-def shard_of_record(record: pa.Table) -> ShardFile:
-    """Return the description of a finished shard that its record carries."""
-    return ShardFile(**json.loads(record.schema.metadata[b"shard"]))
 
 
 def store_image(data: Future[bytes], order: ShardOrder) -> StoredImage:
@@ -184,7 +171,7 @@ def _reject(photo: Mapping[str, Any], error: ImageError) -> Reject:
 
 
 def _add_sample(
-    tar: TarWriter, order: ShardOrder, photo: dict[str, Any], image: StoredImage
+    tar: ShardWriter, order: ShardOrder, photo: dict[str, Any], image: StoredImage
 ) -> dict[str, Any]:
     """Append a sample's members to the tar; return its row of the record."""
     frame = (photo["frame_height"], photo["frame_width"])
@@ -234,8 +221,6 @@ def _jsonable(keypoints: Float32[np.ndarray, "18 3"]) -> list[list[float | None]
 
 
 def _to_json(value: Any) -> str:
-    if isinstance(value, ShardFile):
-        value = asdict(value)
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 

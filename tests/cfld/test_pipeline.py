@@ -404,6 +404,6 @@ def test_a_model_that_knows_one_pair_reproduces_it(micro, build, tmp_path):
     options |= {"appearance_guidance_scale": 1.0, "output_type": "pil"}
     found = generate(load(tmp_path), pose=[figure.keypoints for figure in figures], **options)
     targets = [resize_image(figure.image, (32, 32)).astype(float) for figure in figures]
-    assert np.abs(targets[0] - targets[1]).mean() > 40
+    assert np.abs(targets[0] - targets[1]).mean() > 36
     for image, target in zip(found, targets, strict=True):
         assert np.abs(np.asarray(image) - target).mean() < 12
