@@ -9,7 +9,10 @@ from pathlib import PurePosixPath
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+# The last three are photos that cannot be read, which is told of each: what to do about it.
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif"}
+)
 
 # What file managers and archivers leave behind; like hidden names it is nobody's data.
 _CLUTTER = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})

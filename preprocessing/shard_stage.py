@@ -229,4 +229,4 @@ def _extension(data: bytes) -> str:
     if data.startswith(b"\xff\xd8"):
         return "jpg"
     with Image.open(io.BytesIO(data)) as image:
-        return {"JPEG2000": "jp2", "TIFF": "tif"}.get(image.format or "", f"{image.format}".lower())
+        return "tif" if image.format == "TIFF" else f"{image.format}".lower()

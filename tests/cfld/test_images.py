@@ -89,6 +89,43 @@ def test_empty_and_foreign_files():
         decode_image(b"name,person\n1,2\n")
 
 
+def test_a_phones_own_format_comes_with_a_hint():
+    header = b"\0\0\0\x1cftypheic\0\0\0\0mif1heic"
+    with pytest.raises(ImageError, match="not_an_image: HEIC or AVIF: convert it to JPEG"):
+        decode_image(header + bytes(200))
+
+
+def test_a_format_that_pillow_hands_to_programs_is_no_image():
+    postscript = encoded(Image.new("RGB", (4, 4)), "EPS")
+    with pytest.raises(ImageError, match="not_an_image: no known image format"):
+        decode_image(postscript)
+
+
+@pytest.mark.parametrize(
+    ("image_format", "options"),
+    [
+        ("JPEG", {"exif": True}), ("JPEG", {}), ("PNG", {"exif": True}), ("WEBP", {"exif": True}),
+        ("TIFF", {"compression": "tiff_lzw"}), ("GIF", {}), ("BMP", {}),
+    ],
+)  # fmt: skip
+def test_damaged_files_give_an_image_or_an_image_error(photo, image_format, options):
+    if "exif" in options:
+        exif = Image.Exif()
+        exif[0x0112], exif[0x010F], exif[0x8769] = 6, "Maker", {0x9003: "2020"}
+        options = {"exif": exif}
+    whole = encoded(Image.fromarray(photo[:40, :30]), image_format, **options)
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        data = bytearray(whole)
+        for place in rng.integers(min(len(data), 400), size=rng.integers(1, 4)):
+            data[place] = rng.choice([0, 255, rng.integers(256)])
+        try:
+            image = decode_image(bytes(data))
+        except ImageError:
+            continue
+        assert (image.dtype, image.shape[2:]) == (np.uint8, (3,))
+
+
 def test_decompression_bomb_is_refused_before_it_is_decoded():
     with pytest.raises(ImageError, match="decompression_bomb"):
         decode_image(encoded(Image.new("1", (20_000, 20_000)), "PNG"))

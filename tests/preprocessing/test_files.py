@@ -100,7 +100,7 @@ def test_resolve_gives_absolute_paths_and_full_urls(
 
 
 def test_images_are_known_by_their_suffix_in_either_case() -> None:
-    assert all(map(is_image, ["a.JPG", "a.b.jpeg", "x/a.tif", "a.WebP"]))
+    assert all(map(is_image, ["a.JPG", "a.b.jpeg", "x/a.tif", "a.WebP", "IMG_1.HEIC"]))
     assert not any(map(is_image, ["a.txt", "jpg", "a.jpg.part", "a.mp4"]))
 
 
