@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from cfld.unet import STABLE_DIFFUSION
+from cfld.unet import STABLE_DIFFUSION, check_complete
 
 Images = Float[Tensor, "batch 3 height width"]
 Moments = Float[Tensor, "batch moments latent_height latent_width"]
@@ -148,7 +149,7 @@ def load_vae(place: str) -> AutoencoderKL:
 
     Raises:
         OSError: If there is none.
-        ValueError: If what is there is no `AutoencoderKL`.
+        ValueError: If what is there is no `AutoencoderKL`, or lacks weights.
     """
     try:
         subfolder = "vae"
@@ -160,7 +161,9 @@ def load_vae(place: str) -> AutoencoderKL:
     if found != AutoencoderKL.__name__:
         what = "a network of another library" if found is None else f"a {found}"
         raise ValueError(f"{place}: holds {what}, not an {AutoencoderKL.__name__}")
-    return AutoencoderKL.from_pretrained(place, subfolder=subfolder, use_safetensors=True)
+    vae = AutoencoderKL.from_pretrained(place, subfolder=subfolder, use_safetensors=True)
+    check_complete(vae, str(Path(place, subfolder)))
+    return vae
 
 
 Codec = VaeCodec | PixelCodec

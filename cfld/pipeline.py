@@ -37,7 +37,7 @@ from cfld.pipeline_inputs import (
     read_poses,
     read_sources,
 )
-from cfld.unet import install_processors, set_trained
+from cfld.unet import check_complete, install_processors, set_trained
 
 Latents = Float[Tensor, "batch channels height width"]
 Images = Float[Tensor, "batch 3 height width"]
@@ -63,6 +63,8 @@ class CFLDPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
     ) -> None:
         super().__init__()
+        check_complete(unet, "unet")
+        check_complete(vae, "vae")
         self.register_modules(conditioner=conditioner, unet=unet, vae=vae, scheduler=scheduler)
         settings = conditioner.settings
         install_processors(unet, attention=settings.attention, biases=settings.appearance.biases)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfld.attention import ATTENTION, KeysValues, LayersKeysValues, mix_values, project_keys_values
 
@@ -98,7 +98,7 @@ def build_unet(
     """Stable Diffusion's UNet, pretrained or random, with only the wanted weights trainable.
 
     Raises:
-        ValueError: If the pretrained UNet has other sizes than the configuration.
+        ValueError: If the pretrained UNet has other sizes than the configuration, or lacks weights.
     """
     levels = len(config.channels)
     sizes = {
@@ -116,6 +116,7 @@ def build_unet(
         unet = UNet2DConditionModel.from_pretrained(
             config.pretrained, subfolder="unet", use_safetensors=True
         )
+        check_complete(unet, f"{config.pretrained}/unet")
         for name, wanted in sizes.items():
             found = unet.config[name]
             if (tuple(found) if isinstance(found, list) else found) != wanted:
@@ -127,6 +128,26 @@ def build_unet(
         unet = UNet2DConditionModel(sample_size=latent_size, **sizes)
     set_trained(unet, config)
     return unet
+
+
+def check_complete(component: nn.Module, origin: str) -> None:
+    """Refuse a component whose file lacked weights, of which diffusers only warns.
+
+    Raises:
+        ValueError: Naming the first of the parameters that have no values.
+    """
+    missing = [
+        f"{place}.{name}".removeprefix(".")
+        for place, module in component.named_modules()
+        if not hasattr(module, "_hf_hook")  # accelerate's, which brings the values from elsewhere
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_meta
+    ]
+    if missing:
+        raise ValueError(
+            f"{origin}: {len(missing)} weights are missing, such as {missing[0]}; its files "
+            "are not complete, copy or make them again"
+        )
 
 
 def set_trained(unet: UNet2DConditionModel, config: UNetConfig) -> None:

@@ -71,13 +71,23 @@ def test_saved_and_loaded_it_generates_the_same(pipeline, tmp_path):
     UNet2DConditionModel.from_pretrained(tmp_path / "unet")  # a plain one of diffusers
 
 
-def test_weights_that_lack_a_tensor_are_refused(pixels, tmp_path):
-    pixels.save_pretrained(tmp_path)
-    file = tmp_path / "conditioner" / "diffusion_pytorch_model.safetensors"
+@pytest.mark.parametrize(
+    ("component", "name", "message"),
+    [
+        ("conditioner", "learnable_vector", "1 missing keys, such as learnable_vector"),
+        ("unet", "conv_in.bias", "unet: 1 weights are missing, such as conv_in.bias"),
+        ("vae", "decoder.conv_in.bias", "vae: 1 weights are missing, such as decoder.conv"),
+    ],
+)
+def test_weights_that_lack_a_tensor_are_refused(micro, build, tmp_path, component, name, message):
+    config = micro["vae"]
+    codec = build_codec(config.codec, pretrained=False)
+    CFLDPipeline.from_model(build(config), codec).save_pretrained(tmp_path)
+    file = tmp_path / component / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
-    del tensors["learnable_vector"]
+    del tensors[name]
     save_file(tensors, file)
-    with pytest.raises(ValueError, match="1 missing keys, such as learnable_vector"):
+    with pytest.raises(ValueError, match=message):
         load(tmp_path)
 
 

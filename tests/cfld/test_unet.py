@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cfld.appearance import AppearanceConfig
 from cfld.config import PRESETS
@@ -26,6 +27,16 @@ def test_pretrained_unet_of_another_size_is_refused(tmp_path):
     other = replace(CONFIG, pretrained=str(tmp_path), num_heads=4)
     with pytest.raises(ValueError, match=r"its UNet has attention_head_dim 2, .* wants 4"):
         build_unet(other, **SIZES)
+
+
+def test_pretrained_unet_that_lacks_weights_is_refused(tmp_path):
+    build_unet(CONFIG, **SIZES).save_pretrained(tmp_path / "unet")
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["conv_out.bias"]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"unet: 1 weights are missing, such as conv_out\.bias"):
+        build_unet(replace(CONFIG, pretrained=str(tmp_path)), **SIZES)
 
 
 def test_unknown_choices_are_refused():
