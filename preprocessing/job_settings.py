@@ -26,10 +26,11 @@ class JobSettings:
     """What to make from what. How fast (workers, cluster) is no part of it: it changes nothing.
 
     An image size is (height, width), None keeps the photo's file as it is. `keypoints` are files
-    in a format of `cfld.keypoints` that refer to `keypoints_frame`, to each image itself where that
-    is None; `pairs` maps a split to a `from,to` csv. `pose_network` is what
-    `PoseEstimatorConfig.network` says, None for its default. `limit` counts photos, `seed` chooses.
-    `latents` is the folder or hub name of a VAE.
+    in a format of `cfld.keypoints` that refer to `keypoints_frame`; None means each image itself,
+    but for csv files of a dataset that publishes such in a frame (`with_published_files`). `pairs`
+    maps a split to a `from,to` csv. `pose_network` is what `PoseEstimatorConfig.network` says, None
+    for its default. `limit` counts photos, `seed` chooses. `latents` is the folder or hub name of a
+    VAE.
     """
 
     dataset: str
@@ -110,16 +111,31 @@ def require_access(url: str) -> None:
 def with_published_files(settings: JobSettings) -> JobSettings:
     """Fill in the published keypoints and pairs that lie in the root, unless others were asked for.
 
-    A pose network that was asked for wins over published keypoints.
+    A pose network that was asked for wins over published keypoints. A csv refers to the frame that
+    the dataset's are published in, wherever it lies, unless another frame was asked for.
 
     Raises:
+        SettingsError: If a frame was asked for and there are no keypoints, or it is unclear which.
         FileNotFoundError: If the root is not this dataset.
     """
     found: Annotations = DATASETS[settings.dataset].find_annotations(settings.root)
     if settings.pairs is None:
         settings = replace(settings, pairs=dict(found.pairs))
     if not settings.keypoints and settings.pose_network is None:
-        settings = replace(settings, keypoints=found.keypoints, keypoints_frame=found.frame)
+        settings = replace(settings, keypoints=found.keypoints)
+    if settings.keypoints_frame is not None and not settings.keypoints:
+        raise SettingsError(
+            f"--keypoints-frame {settings.keypoints_frame}: no keypoint file is read, and other "
+            "keypoints refer to each photo; leave it out or give --keypoints"
+        )
+    kinds = {path.lower().endswith(".csv") for path in settings.keypoints}
+    if settings.keypoints_frame is None and found.frame is not None and True in kinds:
+        if False in kinds:
+            raise SettingsError(
+                f"--keypoints: csv files of {settings.dataset} refer to {found.frame}, others to "
+                "each photo; give --keypoints-frame HEIGHT WIDTH for all of them"
+            )
+        settings = replace(settings, keypoints_frame=found.frame)
     return settings
 
 

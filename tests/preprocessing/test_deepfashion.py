@@ -4,11 +4,13 @@ import gzip
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
 from preprocessing.datasets.deepfashion import DATASET, flat_name, raw_path
+from preprocessing.job_settings import JobSettings, SettingsError, with_published_files
 from preprocessing.listing import Photo, Reject
 
 # Drawn so that each trap is there: MEN in WOMEN, categories with and without an underscore, a
@@ -199,6 +201,25 @@ def test_published_csv_files_are_found_under_both_spellings(tmp_path: Path, spel
     assert annotations.pairs == {
         split: str(tmp_path / f"{spelling}-pairs-{split}.csv") for split in ("train", "test")
     }
+
+
+def frame_of(root: Path, **given: Any) -> tuple[int, int] | None:
+    settings = JobSettings(dataset="deepfashion", root=str(root), output="", **given)
+    return with_published_files(settings).keypoints_frame
+
+
+def test_published_keypoints_refer_to_their_frame_wherever_they_lie(tmp_path: Path) -> None:
+    assert frame_of(tmp_path, keypoints=("away/mine.CSV",)) == (256, 176)
+    assert frame_of(tmp_path, keypoints=("away/1.csv",), keypoints_frame=(9, 8)) == (9, 8)
+    assert frame_of(tmp_path, keypoints=("away/a_keypoints.json",)) is None
+    assert frame_of(tmp_path) is None
+    with pytest.raises(SettingsError, match=r"csv .* deepfashion refer to \(256, 176\), others"):
+        frame_of(tmp_path, keypoints=("1.csv", "a.json"))
+    touch(tmp_path / "fasion-resize-annotation-test.csv")
+    assert frame_of(tmp_path) == (256, 176)
+    assert frame_of(tmp_path, keypoints_frame=(1101, 750)) == (1101, 750)
+    with pytest.raises(SettingsError, match="no keypoint file is read"):
+        frame_of(tmp_path, keypoints_frame=(1101, 750), pose_network="n.onnx")
 
 
 def test_absent_csv_files_are_no_error(tmp_path: Path) -> None:
