@@ -69,13 +69,20 @@ def resize_image(
     # A channels-last view is what torch resizes fastest: no copy to planes is made. torchvision
     # does the same, but importing it takes two seconds, in every worker process.
     pixels = torch.from_numpy(_writeable(image)).unsqueeze(0).permute(0, 3, 1, 2)
-    height, width, _ = image.shape
-    if height - size[0] > max(0, 2 * (width - size[1])):
-        # What shrinks far more in height Pillow resizes down first, since version 13. Rounding to
-        # whole grey levels between the passes makes the order visible.
-        pixels = interpolate(pixels, (size[0], width), mode="bicubic", antialias=True)
-    resized = interpolate(pixels, size, mode="bicubic", antialias=True)
-    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+    for step in resize_steps(image.shape[:2], size):
+        pixels = interpolate(pixels, step, mode="bicubic", antialias=True)
+    return np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy())
+
+
+def resize_steps(old: tuple[int, ...], new: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return the (height, width) to resize to one after the other, to get Pillow's pixels.
+
+    Torch resizes across, then down, and so does Pillow unless an image shrinks more than twice as
+    much in height as in width. Rounding to grey levels in between makes the order visible.
+    """
+    height, width = old
+    is_down_first = height - new[0] > max(0, 2 * (width - new[1]))
+    return [(new[0], width), new] if is_down_first else [new]
 
 
 def encode_jpeg(

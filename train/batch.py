@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from cfld.images import ImageError, decode_image, resize_image
+from cfld.images import ImageError, decode_image, resize_image, resize_steps
 from cfld.pose import NUM_JOINTS, POSE_MAP_SIZE, canvas_points, draw_bones
 from train.order import pairs_of
 from train.pairs import PairTable, Places
@@ -64,8 +64,9 @@ class Batch:
         On the CPU equal to `cfld.images.resize_image`, elsewhere within a grey level of it.
         """
         images = self.images[: self.num_sources].permute(0, 3, 1, 2)
-        resized = resize(images, list(size), InterpolationMode.BICUBIC, antialias=True)
-        chosen = resized.permute(0, 2, 3, 1)[self.source]
+        for step in resize_steps(self.images.shape[1:3], size):
+            images = resize(images, list(step), InterpolationMode.BICUBIC, antialias=True)
+        chosen = images.permute(0, 2, 3, 1)[self.source]
         return torch.where(self.flips[:, None, None, None], chosen.flip(2), chosen)
 
     def skeletons(
