@@ -106,18 +106,26 @@ def read_poses(
     the only frame; a drawing's or photo's own size is used instead.
 
     Raises:
-        ValueError: If a pose is none of these, or a photo comes without an estimator.
+        ValueError: If a pose is none of these, keypoints have no frame or a photo comes without an
+            estimator.
         NoPersonError: If the estimator finds nobody in a photo.
     """
     poses = [entry for nested in _as_list(pose) for entry in _split(nested)]
-    frames = frames[:1] if len(set(frames)) == 1 else frames
-    if len(frames) not in (1, len(poses)):
-        raise ValueError(f"{len(frames)} pose frames for {len(poses)} poses: give one or as many")
-    frames = list(frames) * (len(poses) if len(frames) == 1 else 1)
-    read: list[FramedPose | Tensor] = [
-        entry if isinstance(entry, Tensor) else _framed(entry, frame, estimator)
-        for entry, frame in zip(poses, frames, strict=True)
-    ]
+    if len(set(frames)) == 1:
+        frames = [frames[0]] * len(poses)
+    read: list[FramedPose | Tensor] = []
+    for index, entry in enumerate(poses):
+        if isinstance(entry, (FramedPose, Tensor)):
+            read.append(entry)
+        elif entry.shape != (NUM_JOINTS, 3):
+            read.append(find_person(entry, estimator))
+        elif len(frames) == len(poses):
+            read.append(FramedPose(_marked(entry), frames[index]))
+        else:
+            raise ValueError(
+                f"keypoints need one frame, or one for each of {len(poses)} poses, but the sizes "
+                f"of images or frames are {list(frames)}; give pose_frame"
+            )
     return read
 
 
@@ -235,14 +243,6 @@ def _split(pose: object) -> list[np.ndarray | Tensor | FramedPose]:
             f"a pose is keypoints [18, 3], a pose map [21, h, w] as a tensor, a drawn skeleton or "
             f"a photo; {error}"
         ) from error
-
-
-def _framed(pose: np.ndarray | FramedPose, frame: Size, estimator: Estimator | None) -> FramedPose:
-    if isinstance(pose, FramedPose):
-        return pose
-    if pose.shape == (NUM_JOINTS, 3):
-        return FramedPose(_marked(pose), frame)
-    return find_person(pose, estimator)
 
 
 def _marked(keypoints: Float32[np.ndarray, "18 3"]) -> Float32[np.ndarray, "18 3"]:

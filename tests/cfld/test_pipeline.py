@@ -13,6 +13,7 @@ from cfld.images import resize_image
 from cfld.objective import TrainingBatch, draw_rows
 from cfld.pipeline import CFLDPipeline, compatible_schedulers
 from cfld.pipeline_inputs import FramedPose, draw_poses, read_poses, read_sources
+from cfld.pose import draw_skeleton
 from cfld.unet import is_up_cross_attention
 from preprocessing.figures import draw_figure
 
@@ -356,6 +357,12 @@ def test_results_have_the_photos_size_or_the_wanted_one(pixels):
     assert [image.size for image in generate(pixels, images, **options)] == [(40, 60), (30, 50)]
     wanted = generate(pixels, images, height=70, width=20, **options)
     assert [image.size for image in wanted] == [(20, 70), (20, 70)]
+
+
+def test_images_of_several_sizes_take_one_drawing(pixels):
+    drawing = draw_skeleton(np.floor(SECOND.keypoints), (48, 32), (192, 128))
+    images = generate(pixels, [FIRST.image, FIRST.image[:40]], drawing, output_type="pil")
+    assert [image.size for image in images] == [(32, 48), (32, 40)]
 
 
 def test_a_pose_frame_scales_keypoints(pixels):

@@ -104,6 +104,18 @@ def test_a_drawing_has_its_own_size_as_frame():
     assert np.abs(pose.keypoints[found, :2] - 2 * keypoints[found, :2]).max() <= 1
 
 
+def test_only_keypoints_need_a_frame():
+    keypoints = np.floor(FIGURE.keypoints)
+    drawing = draw_skeleton(keypoints, (96, 64), (192, 128))
+    sizes = [(96, 64), (48, 32), (10, 10)]
+    for pose in (drawing, torch.zeros(21, 32, 32), FramedPose(keypoints, (96, 64))):
+        assert len(read_poses(pose, sizes)) == 1
+    with pytest.raises(
+        ValueError, match=r"keypoints need one frame.*\(10, 10\)\]; give pose_frame"
+    ):
+        read_poses([drawing, keypoints], sizes)
+
+
 def test_joints_without_score_are_missing():
     keypoints = FIGURE.keypoints.copy()
     keypoints[3] = (5, 5, 0)
@@ -119,8 +131,6 @@ def test_poses_that_do_not_fit_are_refused():
         read_poses(nobody, [(96, 64)])
     with pytest.raises(ValueError, match=r"do not lie in a frame of height, width .* pose_frame"):
         read_poses(FIGURE.keypoints, [(30, 30)])
-    with pytest.raises(ValueError, match="2 pose frames for 1 poses"):
-        read_poses(FIGURE.keypoints, [(96, 64), (48, 32)])
     with pytest.raises(ValueError, match="for a photo give a pose_estimator"):
         read_poses(photo, [(96, 64)])
     with pytest.raises(ValueError, match=r"a pose is keypoints .* not str"):
