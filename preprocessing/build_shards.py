@@ -110,7 +110,11 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     running = parser.add_argument_group("running")
     running.add_argument("--num-workers", type=int, metavar="N", help="default: all cores")
-    running.add_argument("--ray-address", metavar="HOST:PORT", help="a running Ray cluster")
+    running.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="a running Ray cluster, whose nodes all see root and output (default: RAY_ADDRESS)",
+    )
     return parser
 
 

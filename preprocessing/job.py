@@ -85,6 +85,8 @@ def run_job(
         OutputError: If the output cannot be written; what is finished is kept.
         LatentError: If there is an image whose latent cannot be made.
     """
+    if num_workers is not None and num_workers < 1:
+        raise SettingsError(f"workers {num_workers}: at least one is needed")
     for url in (settings.root, settings.output):
         require_access(url)
     store, progress = Store.open(settings.output), Progress()

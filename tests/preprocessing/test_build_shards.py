@@ -383,6 +383,8 @@ def test_listed_names_that_were_not_asked_for_are_no_rejects(
         (["--image-size", "0", "5"], r"size \(0, 5\): height and width must be positive"),
         (["--jpeg-quality", "0"], "JPEG quality 0: must lie in 1..100"),
         (["--limit", "0"], "limit 0: at least one photo is needed"),
+        (["--num-workers", "0"], "workers 0: at least one is needed"),
+        (["--num-workers", "-1"], "workers -1: at least one is needed"),
         (["--pairs", "train"], "--pairs train: give SPLIT=FILE, each split once"),
         (["--pairs", "train=nowhere.csv"], "nowhere.csv: there is no such file"),
         (["--keypoints", "nowhere.csv"], "nowhere.csv: there is no such file"),
@@ -536,9 +538,26 @@ def test_a_running_cluster_makes_the_same_shards(
     cluster: str, drawn_root: Path, drawn_shards: ShardSet, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "preprocessing.build_shards", "--dataset", "synthetic"]
+    command += ["--root", str(drawn_root), "--shard-size", "0.05"]
+    ways = {"option": ["--ray-address", cluster], "environment": []}
+    for way, options in ways.items():
+        environment = os.environ | ({} if options else {"RAY_ADDRESS": cluster})
+        # From elsewhere: nothing of the working directory is needed, or sent.
+        result = subprocess.run(
+            [*command, "--output", str(tmp_path / way), *options],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert f"joining the Ray cluster at {cluster}" in result.stderr
+        assert files_of(tmp_path / way) == files_of(Path(drawn_shards.root))
+
+
+def test_a_cluster_that_does_not_answer_is_told(drawn_root: Path, tmp_path: Path) -> None:
+    address = f"ray://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "preprocessing.build_shards", "--dataset", "synthetic"]
     command += ["--root", str(drawn_root), "--output", str(tmp_path / "out")]
-    command += ["--shard-size", "0.05", "--ray-address", cluster]
-    # From elsewhere: nothing of the working directory is needed, or sent.
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert files_of(tmp_path / "out") == files_of(Path(drawn_shards.root))
+    environment = os.environ | {"RAY_ADDRESS": address}  # as --ray-address, which comes first
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert f"no Ray cluster answers at {address}" in result.stderr
+    assert "Traceback" not in result.stderr
