@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from cfld.evaluation import METRICS, Protocol, check_number, check_oneself, evaluate, open_protocol
-from cfld.generation_options import make_parser, positive, read_device, run_command
+from cfld.generation_options import (
+    finite,
+    make_parser,
+    positive,
+    read_device,
+    run_command,
+    seed,
+)
 from cfld.image_workers import choose_devices, run_job
 from cfld.pair_images import ImageSettings, choose_pairs, plan_job, read_identity, reserved
 from cfld.paper_tables import TABLE_3, TABLE_5, format_score, markdown_table
@@ -249,9 +256,9 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument("--steps", type=positive, default=50, metavar="N")
     group.add_argument("--scheduler", metavar="NAME", help="such as ddim (default: as saved)")
-    group.add_argument("--pose-scale", type=float, default=2.0, metavar="W")
-    group.add_argument("--appearance-scale", type=float, default=2.0, metavar="W")
-    group.add_argument("--seed", type=int, default=0, help="each pair's noise has its own from it")
+    group.add_argument("--pose-scale", type=finite, default=2.0, metavar="W")
+    group.add_argument("--appearance-scale", type=finite, default=2.0, metavar="W")
+    group.add_argument("--seed", type=seed, default=0, help="each pair's noise has its own from it")
     group.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="(default: fp16 on a GPU)")
     group.add_argument("--num-pairs", type=positive, metavar="N", help="only so many, for a trial")
     group.add_argument("--batch-size", type=positive, default=8, metavar="N")
@@ -301,7 +308,7 @@ def _named_folder(word: str) -> tuple[str, Path]:
 
 def _scale_pair(word: str) -> tuple[float, float]:
     try:
-        pose, appearance = map(float, word.split(","))
+        pose, appearance = map(finite, word.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{word!r} is not POSE,APPEARANCE, as 1.5,2") from error
     return pose, appearance

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cfld.generation_jobs import (
+    FailureTable,
     Job,
     LazyEstimator,
     generate_batch,
     read_inputs,
     read_table,
     run_jobs,
-    write_failures,
+    save_image,
 )
 from cfld.generation_options import (
     POSE_HELP,
@@ -55,24 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _generate_one(options: argparse.Namespace, estimator: LazyEstimator) -> int:
     sampling = read_sampling(options)
     inputs = read_inputs(Job(options.image, options.pose, options.output), sampling, estimator)
-    generate_batch(load_chosen(options), [inputs], sampling)
-    logger.info("%s is written", inputs.job.output)
+    (image,) = generate_batch(load_chosen(options), [inputs], sampling)
+    save_image(image, Path(options.output))
+    logger.info("%s is written", options.output)
     return 0
 
 
 def _generate_table(options: argparse.Namespace, estimator: LazyEstimator) -> int:
     table = Path(options.table)
     jobs = read_table(table)
+    failures = FailureTable(table.with_suffix(".failed.csv"))
     pipeline = load_chosen(options)
     pipeline.set_progress_bar_config(disable=True)
-    failures = run_jobs(pipeline, jobs, read_sampling(options), estimator)
-    failed = table.with_suffix(".failed.csv")
-    failed.unlink(missing_ok=True)
-    if not failures:
-        return 0
-    write_failures(failed, failures)
-    logger.error("%d of %d rows failed; they are listed in %s", len(failures), len(jobs), failed)
-    return 1
+    run_jobs(pipeline, jobs, read_sampling(options), estimator, failures)
+    if failures.count:
+        found = (failures.count, len(jobs), failures.path)
+        logger.error("%d of %d rows failed; they are listed in %s", *found)
+    return 1 if failures.count else 0
 
 
 def _make_parser() -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,10 +24,14 @@ from cfld.openpose import PoseNetworkError
 from cfld.pipeline import CFLDPipeline
 from cfld.pipeline_inputs import Estimator, FramedPose, Size, find_person, fit_frame
 from cfld.pose_network import PersonPose, PoseEstimator, PoseEstimatorConfig
+from cfld.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("image", "pose", "output")
+# Pillow knows more formats, but many of them it only reads, or writes without colours.
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF",
+            ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF", ".ppm": "PPM"}  # fmt: skip
 _KEYPOINT_FILE = re.compile(r".+\.(csv|json)(:.+)?", re.IGNORECASE)
 
 
@@ -93,14 +97,6 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A job that was left out, and why."""
-
-    job: Job
-    reason: str
-
-
-@dataclass(frozen=True)
 class Inputs:
     """A job with its files read."""
 
@@ -130,21 +126,32 @@ def read_table(path: str | Path) -> list[Job]:
             ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise JobError(f"{path}: cannot be read as a table ({error})") from error
-    outputs = Counter(str(Path(job.output)) for job in jobs if job.output)
-    shared = [output for output, count in outputs.items() if count > 1]
-    if shared:
+    rows_of = defaultdict(list)
+    for job in jobs:
+        if job.output:
+            rows_of[Path(job.output).resolve()].append(job.output)
+    if shared := [outputs[0] for outputs in rows_of.values() if len(outputs) > 1]:
         raise JobError(f"{path}: {len(shared)} outputs stand in several rows, such as {shared[0]}")
     return jobs
 
 
-def write_failures(path: Path, failures: Sequence[Failure]) -> None:
-    """Write the rows left out and their reasons as a table that can be run again."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow((*COLUMNS, "reason"))
-        for failure in failures:
-            job = failure.job
-            writer.writerow((job.image, job.pose, job.output, failure.reason))
+class FailureTable:
+    """The rows left out and why, as a table that can be run again; one of an older run goes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = 0
+        path.unlink(missing_ok=True)
+
+    def add(self, job: Job, reason: str) -> None:
+        """Write a row at once, so that it is known however the run ends."""
+        logger.error("row %d: %s", job.row + 1, reason)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if not self.count:
+                writer.writerow((*COLUMNS, "reason"))
+            writer.writerow((job.image, job.pose, job.output, reason))
+        self.count += 1
 
 
 def read_inputs(job: Job, sampling: Sampling, estimator: Estimator) -> Inputs:
@@ -164,13 +171,15 @@ def read_inputs(job: Job, sampling: Sampling, estimator: Estimator) -> Inputs:
 
 
 def check_output(output: str) -> None:
-    """Refuse a name that is no image's.
+    """Refuse a name that no picture can be written under.
 
     Raises:
-        JobError: If it ends in no image format.
+        JobError: If it ends in no image format of ours, or is a folder's.
     """
-    if Path(output).suffix.lower() not in Image.registered_extensions():
+    if Path(output).suffix.lower() not in _FORMATS:
         raise JobError(f"{output}: ends in no image format; use .png or .jpg")
+    if Path(output).is_dir():
+        raise JobError(f"{output}: is a folder; name a file")
 
 
 def read_framed_pose(spec: str, frame: Size, estimator: Estimator) -> FramedPose:
@@ -234,23 +243,31 @@ def read_photo(path: str) -> UInt8[np.ndarray, "height width 3"]:
 
 
 def run_jobs(
-    pipeline: CFLDPipeline, jobs: Sequence[Job], sampling: Sampling, estimator: Estimator
-) -> list[Failure]:
-    """Generate what is not there yet; bad rows are left out and returned."""
-    failures: list[Failure] = []
+    pipeline: CFLDPipeline,
+    jobs: Sequence[Job],
+    sampling: Sampling,
+    estimator: Estimator,
+    failures: FailureTable,
+) -> None:
+    """Generate what is not there yet; bad rows, and results that can't be written, are failures."""
     todo = [job for job in jobs if not (job.output and Path(job.output).is_file())]
     logger.info("%d images to generate, %d are there already", len(todo), len(jobs) - len(todo))
     readable = _read_all(todo, sampling, estimator, failures)
     num_done = 0
     while batch := list(islice(readable, sampling.batch_size)):
-        generate_batch(pipeline, batch, sampling)
-        num_done += len(batch)
-        logger.info("%d of %d generated, %d failed", num_done, len(todo), len(failures))
-    return failures
+        for inputs, image in zip(batch, generate_batch(pipeline, batch, sampling), strict=True):
+            try:
+                save_image(image, Path(inputs.job.output))
+                num_done += 1
+            except OSError as error:  # noqa: PERF203  # each row fails alone
+                failures.add(inputs.job, f"{inputs.job.output}: cannot be written ({error})")
+        logger.info("%d of %d generated, %d failed", num_done, len(todo), failures.count)
 
 
-def generate_batch(pipeline: CFLDPipeline, batch: Sequence[Inputs], sampling: Sampling) -> None:
-    """Generate the images of a batch and write each under its name once it is whole."""
+def generate_batch(
+    pipeline: CFLDPipeline, batch: Sequence[Inputs], sampling: Sampling
+) -> list[Image.Image]:
+    """Generate the images of a batch."""
     (images,) = pipeline(
         [inputs.photo for inputs in batch],
         [inputs.pose for inputs in batch],
@@ -258,24 +275,21 @@ def generate_batch(pipeline: CFLDPipeline, batch: Sequence[Inputs], sampling: Sa
         generator=sampling.generators(inputs.job.row for inputs in batch),
         return_dict=False,
     )
-    for inputs, image in zip(batch, images, strict=True):
-        save_image(image, Path(inputs.job.output))
+    pictures: list[Image.Image] = images
+    return pictures
 
 
 def save_image(image: Image.Image, path: Path, **options: Any) -> None:
     """Write a picture under its name once it is whole; `options` are Pillow's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
-    image.save(unfinished, quality=95, **options)
-    unfinished.replace(path)
+    with whole_file(path) as unfinished:
+        image.save(unfinished, format=_FORMATS[path.suffix.lower()], quality=95, **options)
 
 
 def _read_all(
-    jobs: Sequence[Job], sampling: Sampling, estimator: Estimator, failures: list[Failure]
+    jobs: Sequence[Job], sampling: Sampling, estimator: Estimator, failures: FailureTable
 ) -> Iterator[Inputs]:
     for job in jobs:
         try:
             yield read_inputs(job, sampling, estimator)
         except JobError as error:  # noqa: PERF203  # each row fails alone
-            logger.error("row %d: %s", job.row + 1, error)
-            failures.append(Failure(job, str(error)))
+            failures.add(job, str(error))

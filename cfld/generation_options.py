@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 
 from cfld.generation_jobs import JobError, LazyEstimator, Sampling
 from cfld.openpose import PoseNetworkError
@@ -53,11 +55,14 @@ def run_command(work: Callable[[], int]) -> int:
         return 1
 
 
-def load_pipeline(weights: str, *, device: str, dtype: str, scheduler: str | None) -> CFLDPipeline:
+def load_pipeline(
+    weights: str, *, device: str, dtype: str, scheduler: str | None, num_steps: int
+) -> CFLDPipeline:
     """A pipeline from a folder, on its device, with the named scheduler.
 
     Raises:
-        WeightsError: If the folder holds none, or device, dtype or scheduler cannot be had.
+        WeightsError: If the folder holds none, or device, dtype or scheduler cannot be had, or the
+            scheduler cannot take so many steps.
     """
     read_index(weights)
     device = read_device(device)
@@ -69,7 +74,9 @@ def load_pipeline(weights: str, *, device: str, dtype: str, scheduler: str | Non
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
             pipeline = CFLDPipeline.from_pretrained(
                 weights, torch_dtype=_DTYPES[dtype], use_safetensors=True, local_files_only=True
-            )
+            ).to(device)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise WeightsError(f"{weights}: cannot be loaded: {error}") from error
     if scheduler is not None:
@@ -77,7 +84,25 @@ def load_pipeline(weights: str, *, device: str, dtype: str, scheduler: str | Non
         if scheduler not in choices:
             raise WeightsError(f"--scheduler {scheduler}: choose one of {', '.join(choices)}")
         pipeline.scheduler = choices[scheduler].from_config(pipeline.scheduler.config)
-    return pipeline.to(device)
+    _check_steps(pipeline.scheduler, num_steps)
+    return pipeline
+
+
+def _check_steps(scheduler: SchedulerMixin, num_steps: int) -> None:
+    """Take so many steps with a latent of one pixel, before a model takes them for hours."""
+    trial = type(scheduler).from_config(scheduler.config)
+    latent = torch.zeros(1, 1, 1, 1)
+    try:
+        trial.set_timesteps(num_steps)
+        with torch.random.fork_rng(devices=[]):
+            for timestep in trial.timesteps:
+                predicted = trial.scale_model_input(latent, timestep)
+                latent = trial.step(predicted, timestep, latent).prev_sample
+    except (ValueError, IndexError, NotImplementedError) as error:
+        name = type(scheduler).__name__.removesuffix("Scheduler").lower()
+        raise WeightsError(
+            f"--steps {num_steps}: the scheduler {name} cannot take them with these weights: {error}"
+        ) from error
 
 
 def read_index(weights: str | Path) -> dict[str, Any]:
@@ -150,10 +175,10 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, seed_help: str | No
     """How images are sampled."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--steps", type=positive, default=50, metavar="N")
-    group.add_argument("--pose-scale", type=float, default=2.0, metavar="W")
-    group.add_argument("--appearance-scale", type=float, default=2.0, metavar="W")
+    group.add_argument("--pose-scale", type=finite, default=2.0, metavar="W")
+    group.add_argument("--appearance-scale", type=finite, default=2.0, metavar="W")
     group.add_argument("--scheduler", metavar="NAME", help="such as ddim (default: as saved)")
-    group.add_argument("--seed", type=int, default=0, help=seed_help)
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help=seed_help)
     group.add_argument(
         "--size",
         type=positive,
@@ -170,6 +195,22 @@ def positive(word: str) -> int:
     number = int(word)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{word} is not at least 1")
+    return number
+
+
+def finite(word: str) -> float:
+    """A number that is neither infinite nor NaN."""
+    number = float(word)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{word} is not finite")
+    return number
+
+
+def seed(word: str) -> int:
+    """A whole number that seeds torch's generators, also with a table's rows added."""
+    number = int(word)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{word} is not between 0 and 2^63 - 1")
     return number
 
 
@@ -198,5 +239,9 @@ def make_estimator(options: argparse.Namespace) -> LazyEstimator:
 def load_chosen(options: argparse.Namespace) -> CFLDPipeline:
     """The pipeline that the options ask for."""
     return load_pipeline(
-        options.weights, device=options.device, dtype=options.dtype, scheduler=options.scheduler
+        options.weights,
+        device=options.device,
+        dtype=options.dtype,
+        scheduler=options.scheduler,
+        num_steps=options.steps,
     )

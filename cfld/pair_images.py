@@ -167,7 +167,11 @@ def make_images(job: ImageJob, device: str, report: Callable[[int], None]) -> No
     """
     settings = job.settings
     pipeline = load_pipeline(
-        str(job.weights), device=device, dtype=settings.dtype, scheduler=settings.scheduler
+        str(job.weights),
+        device=device,
+        dtype=settings.dtype,
+        scheduler=settings.scheduler,
+        num_steps=settings.num_steps,
     )
     pipeline.set_progress_bar_config(disable=True)
     try:

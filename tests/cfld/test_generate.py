@@ -1,12 +1,15 @@
 import csv
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from cfld.generate import main
+from cfld.generation_jobs import check_output, save_image
 from cfld.keypoint_writers import write_openpose_json, write_patn_csv
 from cfld.pose import draw_skeleton
 from preprocessing.figures import draw_figure
@@ -52,7 +55,7 @@ def test_keypoint_files_give_the_same_picture(weights, folder):
         assert results[pose].shape == (96, 64, 3)
     np.testing.assert_array_equal(results["b.json"], results["poses.csv:b.jpg"])
     assert results["b.json"].std() > 5
-    assert not list(folder.glob("*unfinished*"))
+    assert not list(folder.glob(".*"))
 
 
 def test_a_drawing_is_a_pose(weights, folder):
@@ -164,6 +167,7 @@ def test_wrong_input_is_found_before_work_starts(weights, folder, tmp_path, capl
     (incomplete / "model_index.json").write_text('{"_class_name": "CFLDPipeline"}')
     write_table(folder / "columns.csv", [("a", "b")], columns=("image", "target"))
     write_table(folder / "twice.csv", [("a", "b", "o.png"), ("c", "d", "o.png")])
+    write_table(folder / "dots.csv", [("a", "b", "f/o.png"), ("c", "d", "f/../f/o.png")])
     good = one(folder, folder / "b.json")
     for arguments, message in (
         (one(folder, folder / "none.jpg"), "none.jpg: no such file"),
@@ -177,6 +181,7 @@ def test_wrong_input_is_found_before_work_starts(weights, folder, tmp_path, capl
         ((*good, "--pose-frame", "9", "9"), "do not lie in a frame of height, width (9, 9)"),
         (("--table", folder / "none.csv"), "none.csv: cannot be read as a table"),
         (("--table", folder / "columns.csv"), "columns.csv: has no column output, pose"),
+        (("--table", folder / "dots.csv"), "1 outputs stand in several rows, such as f/o.png"),
         (("--table", folder / "twice.csv"), "1 outputs stand in several rows, such as o.png"),
         ((*one(folder, folder / "a.png"), "--pose-network", "n.onnx"), "n.onnx: no such file"),
     ):
@@ -186,18 +191,79 @@ def test_wrong_input_is_found_before_work_starts(weights, folder, tmp_path, capl
     assert not (folder / "out.png").exists()
 
 
-def test_a_scheduler_that_does_not_fit_the_weights_stops(weights, folder, caplog):
-    assert (
-        run(
-            weights,
-            folder,
-            *one(folder, folder / "b.json"),
-            "--scheduler",
-            "eulerancestraldiscrete",
-        )
-        == 1
-    )
-    assert "stopped: prediction_type not implemented yet: sample" in caplog.text
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--scheduler", "eulerancestraldiscrete"), "prediction_type not implemented yet: sample"),
+        (("--scheduler", "pndm", "--steps", "1"), "--steps 1: the scheduler pndm cannot take them"),
+        (("--steps", "2000"), "--steps 2000: the scheduler ddpm cannot take them"),
+    ],
+)
+def test_a_scheduler_that_does_not_fit_the_weights(weights, folder, caplog, options, message):
+    assert run(weights, folder, *one(folder, folder / "b.json"), *options) == 2
+    assert message in caplog.text
+    assert not (folder / "out.png").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_work(weights, folder, caplog):
+    (folder / "folder.png").mkdir()
+    for output, message in (
+        ("out.psd", "out.psd: ends in no image format; use .png or .jpg"),
+        ("out.fits", "out.fits: ends in no image format"),
+        ("out.mpg", "out.mpg: ends in no image format"),
+        ("out.h5", "out.h5: ends in no image format"),
+        ("out.xbm", "out.xbm: ends in no image format"),
+        ("folder.png", "folder.png: is a folder; name a file"),
+    ):
+        caplog.clear()
+        # No folder of weights, which would be the first thing to fail.
+        assert main(["--weights", "none", *map(str, one(folder, folder / "b.json", output))]) == 2
+        assert message in caplog.text
+
+
+@pytest.mark.parametrize("extension", ["jpg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "PNG"])
+def test_every_format_can_be_written(folder, extension):
+    path = folder / f"out.{extension}"
+    check_output(str(path))
+    save_image(Image.fromarray(FIRST.image), path)
+    save_image(Image.fromarray(FIRST.image[..., 0] > 99), folder / f"mask.{extension}")
+    assert np.abs(pixels(path) - FIRST.image).mean() < 9
+    assert not list(folder.glob(".*"))
+
+
+def test_damaged_weights(weights, folder, tmp_path, caplog):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(weights, damaged)
+    path = damaged / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["conv_in.weight"]
+    save_file(tensors, path)
+    options = one(folder, folder / "b.json")
+    assert run(weights, folder, *options, "--weights", damaged) == 2
+    assert "damaged: cannot be loaded: " in caplog.text
+    assert "conv_in.weight" in caplog.text
+
+
+def test_what_a_table_left_out_is_known_when_it_stops(weights, folder, caplog):
+    (folder / "file").write_bytes(b"not a folder")
+    rows = [
+        (folder / "none.png", folder / "b.json", folder / "0.png"),
+        (folder / "a.png", folder / "b.json", folder / "file" / "1.png"),
+        (folder / "a.png", folder / "b.json", folder / "2.png"),
+        (folder / "a.png", folder / "a.png", folder / "3.png"),
+    ]
+    write_table(folder / "jobs.csv", rows)
+    write_table(folder / "jobs.failed.csv", [("old", "old", "old")])
+    table = ("--table", folder / "jobs.csv", "--batch-size", 2)
+    # The last row's pose needs a network, which is not there: that stops the whole table.
+    assert run(weights, folder, *table, "--pose-network", folder / "none.onnx") == 2
+    with (folder / "jobs.failed.csv").open() as file:
+        failed = [row["reason"] for row in csv.DictReader(file)]
+    assert len(failed) == 2
+    assert "none.png: no such file" in failed[0]
+    assert "1.png: cannot be written" in failed[1]
+    assert (folder / "2.png").is_file()
+    assert not list(folder.glob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -207,6 +273,10 @@ def test_a_scheduler_that_does_not_fit_the_weights_stops(weights, folder, caplog
         ("--image", "a.png"),
         ("--image", "a.png", "--pose", "b.png", "--output", "c.png", "--table", "t.csv"),
         ("--table", "t.csv", "--steps", "0"),
+        ("--table", "t.csv", "--pose-scale", "nan"),
+        ("--table", "t.csv", "--appearance-scale", "inf"),
+        ("--table", "t.csv", "--seed", str(2**70)),
+        ("--table", "t.csv", "--seed", "-1"),
     ],
 )
 def test_wrong_usage(weights, folder, arguments):
