@@ -101,7 +101,8 @@ def _check_steps(scheduler: SchedulerMixin, num_steps: int) -> None:
     except (ValueError, IndexError, NotImplementedError) as error:
         name = type(scheduler).__name__.removesuffix("Scheduler").lower()
         raise WeightsError(
-            f"--steps {num_steps}: the scheduler {name} cannot take them with these weights: {error}"
+            f"--steps {num_steps}: the scheduler {name} cannot take them with these weights: "
+            f"{error}"
         ) from error
 
 

@@ -138,6 +138,11 @@ def format_score(metric: str, value: float | None) -> str:
     return "∞" if value == _INF else f"{value:.{3 if metric in _THREE_DIGITS else 4}f}"
 
 
+def format_interval(metric: str, low: float | None, high: float | None) -> str:
+    """Return the bounds of a score; empty for None."""
+    return "" if low is None else f"{format_score(metric, low)} to {format_score(metric, high)}"
+
+
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table; the first column is text, the others are figures."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]

@@ -15,7 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cfld.images import encode_png
-from cfld.paper_tables import OURS, TABLE_OF_SIZE, compare, format_score, markdown_table
+from cfld.paper_tables import (
+    OURS,
+    TABLE_OF_SIZE,
+    compare,
+    format_interval,
+    format_score,
+    markdown_table,
+)
 from cfld.scoring import ImagePair, Pixels, ScoreSet
 from cfld.web_page import image_uri, make_page, make_table
 
@@ -73,7 +80,7 @@ def metrics_document(evaluation: Evaluation) -> dict[str, Any]:
     """Return what `metrics.json` holds; infinite values are the string "inf"."""
     scores = evaluation.scores
     values: dict[str, dict[str, Any]] = {
-        name: asdict(each) for name, each in scores.intervals().items()
+        name: asdict(each) for name, each in scores.intervals.items()
     }
     values |= {
         name: {"value": fid, "low": None, "high": None} for name, fid in evaluation.fids.items()
@@ -157,8 +164,8 @@ def remarks(evaluation: Evaluation) -> list[str]:
 def _score_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     checks = evaluation.self_checks
     rows = [
-        [name, format_score(name, each.value), _interval(name, each.low, each.high)]
-        for name, each in evaluation.scores.intervals().items()
+        [name, format_score(name, each.value), format_interval(name, each.low, each.high)]
+        for name, each in evaluation.scores.intervals.items()
     ]
     rows += [[name, format_score(name, fid), ""] for name, fid in evaluation.fids.items()]
     for row in rows:
@@ -169,10 +176,6 @@ def _score_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
 
 def _paper_rows(evaluation: Evaluation) -> dict[str, Mapping[str, float]]:
     return {**evaluation.self_checks, OURS: evaluation.means()}
-
-
-def _interval(metric: str, low: float | None, high: float | None) -> str:
-    return "" if low is None else f"{format_score(metric, low)} to {format_score(metric, high)}"
 
 
 def _jsonable(value: float) -> float | str:

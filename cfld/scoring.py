@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -76,10 +77,11 @@ class ScoreSet:
             for metric, values in self.per_image.items()
         }
 
-    def intervals(self, num_resamples: int = 1000, seed: int = 0) -> dict[str, Interval]:
-        """Return each metric's mean and its bootstrap interval over the images."""
+    @cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """Each metric's mean and its bootstrap interval over the images."""
         return {
-            metric: bootstrap_interval(values[~np.isnan(values)], num_resamples, seed)
+            metric: bootstrap_interval(values[~np.isnan(values)], num_resamples=1000, seed=0)
             for metric, values in self.per_image.items()
         }
 

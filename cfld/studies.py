@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from cfld.pair_images import choose_pairs
-from cfld.paper_tables import PaperTable, compare, format_score, markdown_table
+from cfld.paper_tables import PaperTable, compare, format_interval, format_score, markdown_table
 from cfld.report import Evaluation, data_uri, metrics_document, remarks, write_texts
 from cfld.result_files import name_of
 from cfld.result_reader import ResultReader
@@ -91,17 +91,17 @@ def _intervals(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[l
     metrics = list(next(iter(evaluations.values())).means())
     rows = []
     for label, evaluation in evaluations.items():
-        intervals, means = evaluation.scores.intervals(), evaluation.means()
-        cells = [label]
-        for metric in metrics:
-            each = intervals.get(metric)
-            span = (
-                ""
-                if each is None or each.low is None
-                else (f" ({format_score(metric, each.low)} to {format_score(metric, each.high)})")
-            )
-            cells.append(format_score(metric, means[metric]) + span)
-        rows.append(cells)
+        spans = {
+            metric: format_interval(metric, each.low, each.high)
+            for metric, each in evaluation.scores.intervals.items()
+        }
+        means = evaluation.means()
+        cells = [
+            format_score(metric, means[metric])
+            + (f" ({spans[metric]})" if spans.get(metric) else "")
+            for metric in metrics
+        ]
+        rows.append([label, *cells])
     return ["Method", *metrics], rows
 
 

@@ -3,12 +3,15 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from playwright.sync_api import sync_playwright
 from skimage.metrics import peak_signal_noise_ratio
@@ -172,6 +175,25 @@ def test_shards_and_folder_give_the_same_targets(
     assert stored.note is None
     assert "trained" not in stored.places
     assert "trained" in open_photos(str(shards)).places
+
+
+def test_no_more_of_a_remote_shard_is_read_than_a_photo(shards: Path) -> None:
+    class Remote(MemoryFileSystem):
+        store: ClassVar[dict] = {}
+        ranges: ClassVar[list[tuple[int, int]]] = []
+
+        def open(self, path, mode="rb", **_options):
+            raise AssertionError(f"{path} is opened ({mode}), and read ahead")
+
+        def cat_file(self, path, start=None, end=None):
+            self.ranges.append((start, end))
+            return Path(path).read_bytes()[start:end]
+
+    source = open_photos(str(shards), "test")
+    fs = Remote(skip_instance_cache=True)
+    assert replace(source, fs=fs).read(NAMES[0]) == source.read(NAMES[0])
+    place = source.places[NAMES[0]]
+    assert fs.ranges == [(place.offset, place.offset + len(source.read(NAMES[0])))]
 
 
 def test_photos_resized_by_the_shards_are_mentioned(shards: Path) -> None:
@@ -372,7 +394,8 @@ def test_undefined_scores_are_left_out_and_named() -> None:
         PAIR_METRICS,
     )
     assert scores.undefined("ssim_256") == ("flat",)
-    assert scores.intervals()["ssim_256"].value == 1.0
+    assert scores.intervals["ssim_256"].value == 1.0
+    assert scores.intervals is scores.intervals  # resampled once
 
 
 def test_reference_statistics_are_cached_by_what_they_came_from(

@@ -17,9 +17,14 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
 def test_an_error_leaves_what_was_there(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("before")
-    with pytest.raises(OSError, match="disk"), whole_file(path) as unfinished:
-        unfinished.write_text("half")
-        raise OSError("disk")
+
+    def fail():
+        with whole_file(path) as unfinished:
+            unfinished.write_text("half")
+            raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        fail()
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
