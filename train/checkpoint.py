@@ -11,8 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,14 +74,19 @@ class Position:
 class Checkpoint:
     """An open checkpoint, whose tensors are read one at a time."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path) -> None:
+        """Open a checkpoint's files.
+
+        Raises:
+            CheckpointError: If a file is missing or damaged, or of another version.
+        """
         self.folder = folder
         self.position = _read_position(folder)
         self._files: dict[str, Any] = {}
         for number in range(self.position.num_files):
             path = folder / _part_name(number, self.position.num_files)
             try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
+                file = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path}: cannot be read: {error}") from error
             self._files |= dict.fromkeys(file.keys(), file)
@@ -101,17 +105,6 @@ class Checkpoint:
     def names(self, kind: str) -> set[str]:
         """Return the parameters that there are tensors of a kind for."""
         return {key.partition("/")[2] for key in self._files if key.startswith(f"{kind}/")}
-
-
-@contextmanager
-def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
-    """Open a checkpoint's files.
-
-    Raises:
-        CheckpointError: If a file is missing or damaged, or of another version.
-    """
-    with ExitStack() as stack:
-        yield Checkpoint(folder, stack)
 
 
 def find_latest(run: Path) -> Path | None:

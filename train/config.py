@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cfld.config import PRESETS, CFLDConfig
@@ -79,21 +79,4 @@ def load_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
             f"{path}: data names no shard set; add '--set data.NAME.url=FOLDER', or in the file "
             "data: {NAME: {url: FOLDER}}"
         )
-    return replace(config, loader=_fitting_loader(config, str(path)))
-
-
-def _fitting_loader(config: TrainConfig, place: str) -> LoaderConfig:
-    """Give the loader the model's sizes, which it cannot know by itself."""
-    sizes = {"image_size": config.model.image_size, "pose_map_size": config.model.pose_map_size}
-    for name, size in sizes.items():
-        given = tuple(getattr(config.loader, name))
-        if given not in (size, getattr(LoaderConfig(), name)):
-            raise ConfigError(
-                f"{place}: loader.{name} is {given}, but the model's is {size}; leave it out, it "
-                "follows from model.source_encoder.image_size"
-            )
-    return replace(
-        config.loader,
-        image_size=config.model.image_size,
-        pose_map_size=config.model.pose_map_size,
-    )
+    return config

@@ -13,11 +13,11 @@ import torch
 
 from cfld.codec import build_codec
 from cfld.pipeline import CFLDPipeline
-from train.checkpoint import EMA, CheckpointError, find_latest, open_checkpoint
+from train.checkpoint import EMA, Checkpoint, CheckpointError, find_latest
 from train.config import load_train_config
-from train.frozen import hash_frozen
+from train.masters import WEIGHTS
 from train.restore import check_frozen, load_weights
-from train.weights import build_model
+from train.weights import build_model, hash_frozen
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,10 @@ def export_run(run: Path, output: Path, *, use_ema: bool = True) -> None:
     config = load_train_config(run / CONFIG_FILE)
     torch.manual_seed(config.order.seed)
     model = build_model(config)
-    with open_checkpoint(folder) as checkpoint:
-        check_frozen(checkpoint, hash_frozen(model))
-        has_ema = use_ema and checkpoint.position.has_ema
-        load_weights(model, checkpoint, *([EMA] if has_ema else []))
+    checkpoint = Checkpoint(folder)
+    check_frozen(checkpoint, hash_frozen(model))
+    has_ema = use_ema and checkpoint.position.has_ema
+    load_weights(model, checkpoint, EMA if has_ema else WEIGHTS)
     partial = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     CFLDPipeline.from_model(model, build_codec(config.model.codec)).save_pretrained(partial)

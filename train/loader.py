@@ -45,17 +45,11 @@ from train.shard_cache import CacheConfig, ShardError, ShardFiles
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 1
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
     """How samples become batches; nothing here changes the order."""
 
-    image_size: tuple[int, int] = (512, 512)
-    """Height and width; stored images of another size are resized."""
-    pose_map_size: tuple[int, int] = POSE_MAP_SIZE
-    """Height and width at which poses are drawn."""
     flip_source: float = 0.5
     """Probability that a pair's source conditioning image, and it alone, is mirrored."""
     use_latents: bool = True
@@ -90,7 +84,8 @@ class Loader:
 
     Global batches and their pairs depend only on the shard sets and the order's configuration
     (`train/order.py`). Iteration begins at the position of the state, which is that of the first
-    optimizer step some of whose micro-batches have not been handed out yet.
+    optimizer step some of whose micro-batches have not been handed out yet. Stored images of
+    another (height, width) than `image_size` are resized; poses are drawn at `pose_map_size`.
     """
 
     def __init__(
@@ -100,6 +95,8 @@ class Loader:
         config: LoaderConfig,
         *,
         micro_batch: int,
+        image_size: tuple[int, int],
+        pose_map_size: tuple[int, int] = POSE_MAP_SIZE,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
@@ -117,9 +114,9 @@ class Loader:
         latent_shape = read_latent_shape(table, self._files) if self.has_latents else None
         self._shape = BatchShape(
             num_pairs=micro_batch,
-            image_size=config.image_size,
+            image_size=image_size,
             latent_shape=latent_shape,
-            pose_map_size=config.pose_map_size,
+            pose_map_size=pose_map_size,
         )
         self._filler = BatchFiller(
             table, self._files, self._shape, flip=config.flip_source, seed=order.seed
@@ -166,7 +163,6 @@ class Loader:
         """Return the position, and what must be the same for a run to continue from it."""
         epoch, step = self._position
         return {
-            "version": STATE_VERSION,
             "epoch": epoch,
             "step": step,
             "order": asdict(self._order),
@@ -179,13 +175,8 @@ class Loader:
         Ranks, workers, micro-batch and the place of the shard sets may have changed.
 
         Raises:
-            ValueError: If it is of another version, or belongs to another order of pairs.
+            ValueError: If it belongs to another order of pairs.
         """
-        if state.get("version") != STATE_VERSION:
-            raise ValueError(
-                f"loader state has version {state.get('version')}, this loader reads "
-                f"{STATE_VERSION}; resume with the version of cfld that saved it"
-            )
         changes = [
             f"order.{name}: {state['order'].get(name)!r}, now {value!r}"
             for name, value in asdict(self._order).items()
@@ -273,15 +264,22 @@ class Loader:
             logger.warning("stored latents are not used: not all images of all sets have them")
 
 
-def load_pairs(table: PairTable, config: LoaderConfig, pairs: Sequence[int]) -> Batch:
+def load_pairs(
+    table: PairTable,
+    pairs: Sequence[int],
+    cache: CacheConfig,
+    *,
+    image_size: tuple[int, int],
+    pose_map_size: tuple[int, int] = POSE_MAP_SIZE,
+) -> Batch:
     """Load pairs of a table now and here, unmirrored and with all images: to be looked at."""
     shape = BatchShape(
         num_pairs=len(pairs),
-        image_size=config.image_size,
+        image_size=image_size,
         latent_shape=None,
-        pose_map_size=config.pose_map_size,
+        pose_map_size=pose_map_size,
     )
-    files = ShardFiles(table.shards, config.cache)
+    files = ShardFiles(table.shards, cache)
     filler = BatchFiller(table, files, shape, flip=0.0, seed=0)
     buffer = shape.allocate()
     try:

@@ -65,7 +65,7 @@ class StepMetrics:
 
 
 class RunLog:
-    """The logs of a run, written by its first rank; `open_log` opens one at a step."""
+    """The logs of a run, written by its first rank."""
 
     def __init__(self, run: Path, config: LogConfig, *, step: int, num_steps: int) -> None:
         """Continue the logs after a step; what they hold of later ones is cut off."""

@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from torch import Generator
 
 from cfld.codec import Codec
+from cfld.images import resize_image
 from cfld.model import CFLD
 from cfld.pipeline import CFLDPipeline
 from cfld.pose import make_pose_maps
@@ -68,10 +69,10 @@ def draw_grid(
             output_type="np",
             return_dict=False,
         )
-    skeletons = _resized(batch.skeletons()[batch.target].numpy(), size)
+    skeletons = batch.skeletons()[batch.target].numpy()
     columns = [
         np.stack(sources),
-        skeletons,
+        np.stack([resize_image(skeleton, size) for skeleton in skeletons]),
         np.stack([batch.images[place].numpy() for place in batch.target.tolist()]),
         (generated * 255).round().astype(np.uint8),
     ]
@@ -102,11 +103,3 @@ def _ready_to_sample(engine: DeepSpeedEngine) -> Iterator[None]:
     finally:
         model.train()
         torch.random.set_rng_state(state)
-
-
-def _resized(
-    images: UInt8[np.ndarray, "rows _ _ 3"], size: tuple[int, int]
-) -> UInt8[np.ndarray, "rows {size[0]} {size[1]} 3"]:
-    from cfld.images import resize_image
-
-    return np.stack([resize_image(image, size) for image in images])

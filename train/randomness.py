@@ -48,7 +48,8 @@ def noise_for(
     """
     num = math.prod(shape)
     radii, angles = [], []
-    for radius, angle in _halves(_words(draws, -(-num // 4), seed, stream)):
+    words = _words(draws, -(-num // 4), seed, stream)
+    for radius, angle in (words[:2], words[2:]):
         radii.append(torch.sqrt(-2 * torch.log((radius + 1).to(torch.float32) * 2.0**-32)))
         angles.append((angle >> 8).to(torch.float32) * (2 * math.pi * 2.0**-24))
     radius, angle = torch.cat(radii, dim=1), torch.cat(angles, dim=1)
@@ -82,7 +83,3 @@ def _words(draws: Int[Tensor, " pairs"], num_blocks: int, seed: int, stream: Str
     block = torch.arange(num_blocks, device=draws.device)[None]
     counter = (block, torch.full_like(block, stream), draws & _WORD, draws >> 32 & _WORD)
     return philox(counter, (seed & _WORD, seed >> 32 & _WORD))
-
-
-def _halves(words: Words) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    return (words[0], words[1]), (words[2], words[3])

@@ -14,11 +14,10 @@ from cfld.codec import build_codec
 from cfld.images import encode_png
 from train.batch import Batch
 from train.batches import BatchMaker, check_latents
-from train.checkpoint import Position, find_latest, open_checkpoint, save_checkpoint, share_out
+from train.checkpoint import Checkpoint, Position, find_latest, save_checkpoint, share_out
 from train.config import TrainConfig
 from train.ema import Ema
 from train.engine import deepspeed_settings, start_engine
-from train.frozen import hash_frozen
 from train.health import Heartbeat, SkipCounter, StopSignal, describe_pairs
 from train.loader import Loader, load_pairs
 from train.log import RunLog, StepMetrics, peak_memory_gib
@@ -30,7 +29,7 @@ from train.processes import Ranks
 from train.restore import check_frozen, load_state, load_weights, loss_scale, scaler_state
 from train.schedule import learning_rate_factor
 from train.step import Stepper, StepResult
-from train.weights import build_model
+from train.weights import build_model, hash_frozen
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +55,8 @@ class Trainer:
             config.order,
             config.loader,
             micro_batch=config.engine.micro_batch,
+            image_size=config.model.image_size,
+            pose_map_size=config.model.pose_map_size,
             rank=ranks.rank,
             num_ranks=ranks.num_ranks,
         )
@@ -65,8 +66,8 @@ class Trainer:
         codec = build_codec(config.model.codec)
         check_latents(self._loader, config.model, codec)
         self._codec = codec.to(ranks.device, dtype)
-        checkpoint = ranks.broadcast(find_latest(self.run_folder) if ranks.is_first else None)
-        self._start_engine(checkpoint, extra)
+        newest = ranks.broadcast(find_latest(self.run_folder) if ranks.is_first else None)
+        self._start_engine(Checkpoint(newest) if newest else None, extra)
         self._stepper = Stepper(
             config, ranks, self._engine, self._masters, self._loader, self._build_maker()
         )
@@ -98,15 +99,14 @@ class Trainer:
             logger.info("stopped after step %d as told; the same command goes on", self.step)
         return is_done
 
-    def _start_engine(self, checkpoint: Path | None, extra: Path | None) -> None:
+    def _start_engine(self, checkpoint: Checkpoint | None, extra: Path | None) -> None:
         config = self.config
         torch.manual_seed(config.order.seed)
         model = build_model(config)
         self._frozen_sha256 = hash_frozen(model)
         if checkpoint:
-            with open_checkpoint(checkpoint) as opened:
-                check_frozen(opened, self._frozen_sha256)
-                load_weights(model, opened)
+            check_frozen(checkpoint, self._frozen_sha256)
+            load_weights(model, checkpoint)
         settings = deepspeed_settings(
             config.engine,
             config.optimizer,
@@ -120,20 +120,17 @@ class Trainer:
         self._owned = share_out(self._masters.sizes, self._ranks.num_ranks)[self._ranks.rank]
         self._saved_step = None
         if checkpoint:
-            with open_checkpoint(checkpoint) as opened:
-                self.step = self._saved_step = opened.position.step
-                load_state(opened, self._masters, self._engine, self._loader)
-            logger.info("going on after step %d, from %s", self.step, checkpoint)
+            self.step = self._saved_step = checkpoint.position.step
+            load_state(checkpoint, self._masters, self._engine, self._loader)
+            logger.info("going on after step %d, from %s", self.step, checkpoint.folder)
         self._ema = self._start_ema(checkpoint)
 
-    def _start_ema(self, checkpoint: Path | None) -> Ema | None:
+    def _start_ema(self, checkpoint: Checkpoint | None) -> Ema | None:
         if self.config.ema.decay is None:
             return None
         ema = Ema(self.config.ema, self._masters, self._owned)
-        if checkpoint:
-            with open_checkpoint(checkpoint) as opened:
-                if opened.position.has_ema:
-                    ema.load(opened)
+        if checkpoint and checkpoint.position.has_ema:
+            ema.load(checkpoint)
         return ema
 
     def _build_maker(self) -> BatchMaker:
@@ -152,7 +149,13 @@ class Trainer:
         if self.config.validation:
             table = read_pairs([self.config.validation])
         pairs = spread_pairs(len(table.source), self.config.pictures.num_pairs)
-        return load_pairs(table, self.config.loader, pairs)
+        return load_pairs(
+            table,
+            pairs,
+            self.config.loader.cache,
+            image_size=self.config.model.image_size,
+            pose_map_size=self.config.model.pose_map_size,
+        )
 
     def _advance(
         self, batches: Iterator[Batch], stop: StopSignal, log: RunLog | None

@@ -1,6 +1,11 @@
-"""The model of a run before any training: pretrained, or from a pipeline's folder."""
+"""The weights that a run begins with: pretrained, or from a pipeline's folder."""
 
 from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
 
 from cfld.config_file import ConfigError
 from cfld.model import CFLD
@@ -26,3 +31,13 @@ def build_model(config: TrainConfig) -> CFLD:
             "choose the preset and settings it was trained with"
         )
     return pipeline.to_model()
+
+
+def hash_frozen(model: nn.Module) -> str:
+    """Return the SHA-256 of all weights that do not train, which checkpoints depend on."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not parameter.requires_grad:
+            digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

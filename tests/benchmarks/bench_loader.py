@@ -104,7 +104,7 @@ def our_batches(
     """Globally shuffled: all shards are one block."""
     order = OrderConfig(global_batch=pairs, block_shards=10**6)
     config = LoaderConfig(num_workers=num_workers, use_latents=use_latents)
-    return iter(Loader(table, order, config, micro_batch=pairs))
+    return iter(Loader(table, order, config, micro_batch=pairs, image_size=(512, 512)))
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,9 @@ def stream_from_far(folder: Path) -> None:
         table = read_pairs([SetConfig(url=url)])
         order = OrderConfig(global_batch=STEP_PAIRS, block_shards=2)
         config = LoaderConfig(num_workers=2, use_latents=False, cache=cache)
-        share = wait_share(iter(Loader(table, order, config, micro_batch=STEP_PAIRS)))
+        share = wait_share(
+            iter(Loader(table, order, config, micro_batch=STEP_PAIRS, image_size=(512, 512)))
+        )
     sys.stdout.write(
         f"data wait from nginx, cache of 5 of {len(table.shards)} shards of "
         f"{shard_bytes / 1e6:.1f} MB: {share:.2%} of the time\n"
@@ -224,7 +226,9 @@ def time_first_batch(table: PairTable) -> None:
     seconds = []
     for step in np.random.default_rng(0).integers(0, 100 * len(pairs) // 224, 7).tolist():
         start = time.perf_counter()
-        loader = Loader(large, order, LoaderConfig(use_latents=False), micro_batch=28)
+        loader = Loader(
+            large, order, LoaderConfig(use_latents=False), micro_batch=28, image_size=(512, 512)
+        )
         epoch, step = divmod(step, loader.steps_per_epoch)
         loader.load_state_dict(loader.state_dict() | {"epoch": epoch, "step": step})
         batch = next(iter(loader))

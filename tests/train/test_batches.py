@@ -26,12 +26,11 @@ VAE = replace(
 
 
 def make_loader(folder, micro_batch: int, rank: int = 0, num_ranks: int = 1) -> Loader:
-    config = LoaderConfig(
-        image_size=(64, 64), pose_map_size=(64, 64), num_workers=0, flip_source=0.0
-    )
+    config = LoaderConfig(num_workers=0, flip_source=0.0)
     return Loader(
         read_pairs([SetConfig(url=str(folder))]), OrderConfig(global_batch=12), config,
         micro_batch=micro_batch, rank=rank, num_ranks=num_ranks,
+        image_size=(64, 64), pose_map_size=(64, 64),
     )  # fmt: skip
 
 

@@ -11,10 +11,9 @@ from train.checkpoint import (
     Checkpoint,
     CheckpointError,
     find_latest,
-    open_checkpoint,
     share_out,
 )
-from train.frozen import hash_frozen
+from train.weights import hash_frozen
 
 STATE = {
     "step": 3, "num_updates": 3, "loader": {}, "scaler": {}, "frozen_sha256": "0", "has_ema": False,
@@ -44,32 +43,23 @@ def test_every_parameter_has_one_owner_and_loads_are_even() -> None:
 
 
 def test_tensors_are_read_by_kind_and_name(tmp_path) -> None:
-    with open_checkpoint(write(tmp_path / "step")) as checkpoint:
-        assert read_all(checkpoint) == {"a.b": [1, 1]}
-        with pytest.raises(CheckpointError, match=r"holds no exp_avg/a.b"):
-            checkpoint.read("exp_avg", "a.b")
+    checkpoint = Checkpoint(write(tmp_path / "step"))
+    assert read_all(checkpoint) == {"a.b": [1, 1]}
+    with pytest.raises(CheckpointError, match=r"holds no exp_avg/a.b"):
+        checkpoint.read("exp_avg", "a.b")
 
 
 def test_damage_is_named(tmp_path) -> None:
-    with (
-        pytest.raises(CheckpointError, match=r"version 7, this trainer reads 1"),
-        open_checkpoint(write(tmp_path / "version", version=7)),
-    ):
-        pass
-    with (
-        pytest.raises(CheckpointError, match=r"part-00000-of-00002.safetensors: cannot be read"),
-        open_checkpoint(write(tmp_path / "missing", num_files=2)),
-    ):
-        pass
+    with pytest.raises(CheckpointError, match=r"version 7, this trainer reads 1"):
+        Checkpoint(write(tmp_path / "version", version=7))
+    with pytest.raises(CheckpointError, match=r"part-00000-of-00002.safetensors: cannot be read"):
+        Checkpoint(write(tmp_path / "missing", num_files=2))
     torn = write(tmp_path / "torn")
     (torn / PART).write_bytes(b"half")
-    with pytest.raises(CheckpointError, match=r"cannot be read"), open_checkpoint(torn):
-        pass
-    with (
-        pytest.raises(CheckpointError, match=r"state.json: cannot be read"),
-        open_checkpoint(tmp_path),
-    ):
-        pass
+    with pytest.raises(CheckpointError, match=r"cannot be read"):
+        Checkpoint(torn)
+    with pytest.raises(CheckpointError, match=r"state.json: cannot be read"):
+        Checkpoint(tmp_path)
 
 
 def test_a_run_without_checkpoint_has_none(tmp_path) -> None:

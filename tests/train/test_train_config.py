@@ -29,12 +29,6 @@ def test_paper_is_the_papers() -> None:
     assert (config.schedule.drop_epochs, config.schedule.drop_factor) == ((50,), 0.1)
 
 
-def test_the_loader_gets_the_models_sizes() -> None:
-    for name, image, pose_map in (("paper", 512, 256), ("tiny", 64, 64)):
-        loader = load_train_config(CONFIGS / f"{name}.yaml", [DATA]).loader
-        assert (loader.image_size, loader.pose_map_size) == ((image,) * 2, (pose_map,) * 2)
-
-
 def test_overrides_win_over_the_file_and_add_shard_sets(tmp_path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("preset: tiny\nsteps: 5\ndata: {a: {url: here, weight: 2.0}}\n")
@@ -70,7 +64,6 @@ def test_overrides_win_over_the_file_and_add_shard_sets(tmp_path) -> None:
         (["health.silence_s=1"], r"must be at least 10"),
         (["steps=0"], r"must be positive"),
         (["data.b.split=train"], r"url"),
-        (["loader.image_size=[8, 8]"], r"the model's is \(512, 512\); leave it out"),
         (["steps"], r"not of the form"),
     ],
 )
