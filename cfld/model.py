@@ -84,6 +84,7 @@ class CFLD(nn.Module):
         super().__init__()
         self.config = config
         self.scheduler = build_scheduler(config.diffusion)
+        are_given = parts is not None and unet is not None
         parts = parts or build_conditioning_parts(config, pretrained=pretrained)
         self.source_encoder = parts.source_encoder
         self.prompt_decoder = parts.prompt_decoder
@@ -100,7 +101,8 @@ class CFLD(nn.Module):
             install_processors(unet, attention=config.attention, biases=config.appearance.biases)
         self.unet = unet
         self.learnable_vector = parts.learnable_vector
-        self.set_gradient_checkpointing(config.gradient_checkpointing)
+        if not are_given:
+            self.set_gradient_checkpointing(config.gradient_checkpointing)
 
     def set_gradient_checkpointing(self, parts: Collection[str]) -> None:
         """Recompute the activations of these parts, and of no others, in the backward."""

@@ -15,6 +15,7 @@ from diffusers import (
     SchedulerMixin,
     UNet2DConditionModel,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
@@ -32,12 +33,15 @@ from cfld.pipeline_inputs import (
     Estimator,
     Picture,
     Size,
+    check_counts,
+    check_noise,
+    check_scales,
     draw_poses,
     read_pictures,
     read_poses,
     read_sources,
 )
-from cfld.unet import check_complete, install_processors, set_trained
+from cfld.unet import LayerAttention, check_complete, install_processors, set_trained
 
 Latents = Float[Tensor, "batch channels height width"]
 Images = Float[Tensor, "batch 3 height width"]
@@ -71,6 +75,7 @@ class CFLDPipeline(DiffusionPipeline):
         if isinstance(vae, AutoencoderKL):
             vae.enable_slicing()
         self._interrupt = False
+        self._num_timesteps = 0
 
     @classmethod
     def from_model(cls, model: CFLD, codec: Codec) -> CFLDPipeline:
@@ -93,6 +98,7 @@ class CFLDPipeline(DiffusionPipeline):
         """The model, to train or evaluate; weights are shared, not copied."""
         model = self._model()
         set_trained(self.unet, model.config.unet)
+        model.set_gradient_checkpointing(model.config.gradient_checkpointing)
         return model
 
     @property
@@ -100,13 +106,20 @@ class CFLDPipeline(DiffusionPipeline):
         """Whether a callback asked to skip the remaining steps, by setting `_interrupt`."""
         return self._interrupt
 
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps of the last call, or of the one that runs."""
+        return self._num_timesteps
+
     @torch.no_grad()
     def encode_appearance(self, image: Picture | Sequence[Picture]) -> Appearance:
         """What the model sees of photos, whatever the pose: to use several times, or to mix.
 
         Raises:
-            ValueError: If a photo has a wrong form, or there is none.
+            ValueError: If a photo has a wrong form, or there is none, or the model is in training
+                mode.
         """
+        self._check_components()
         pictures = read_pictures(image)
         if not pictures:
             raise ValueError("no image is given")
@@ -184,16 +197,32 @@ class CFLDPipeline(DiffusionPipeline):
                 with schedulers that do not predict it.
 
         Raises:
-            ValueError: If an argument has a wrong form, or numbers or sizes do not fit together.
+            ValueError: If an argument has a wrong form, numbers or sizes do not fit together, or
+                the model is in training mode.
             NoPersonError: If the estimator finds nobody in a pose photo.
         """
-        _check_arguments(height, width, output_type, num_images_per_prompt)
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
+        if (height is None) != (width is None):
+            raise ValueError(f"height is {height} and width is {width}: give both or neither")
+        if height is not None:
+            check_counts(height=height, width=width)
+        check_counts(
+            num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt
+        )
+        check_scales(
+            pose_guidance_scale=pose_guidance_scale,
+            appearance_guidance_scale=appearance_guidance_scale,
+        )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}; choose one of {OUTPUT_TYPES}")
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        names = callback_on_step_end_tensor_inputs
+        if isinstance(names, str) or set(names) - set(self._callback_tensor_inputs):
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; there are "
+                f"callback_on_step_end_tensor_inputs is {names!r}; give a list of some of "
                 f"{self._callback_tensor_inputs}"
             )
+        self._check_components()
         appearance = image if isinstance(image, Appearance) else self.encode_appearance(image)
         references = read_references(reference_image, mask_image)
         sizes = [each.image.shape[:2] for each in references] or list(appearance.sizes)
@@ -217,7 +246,7 @@ class CFLDPipeline(DiffusionPipeline):
             region,
             generator,
             callback_on_step_end,
-            list(callback_on_step_end_tensor_inputs),
+            list(names),
         )
         if output_type == "latent":
             images: Any = latents
@@ -241,6 +270,22 @@ class CFLDPipeline(DiffusionPipeline):
             processor.postprocess(_resized(row[None], size), output_type=output_type)[0]
             for row, size in zip(images, sizes, strict=True)
         ]
+
+    def _check_components(self) -> None:
+        if any(part.training for part in (*self.conditioner.children(), self.unet)):
+            raise ValueError(
+                "the model is in training mode, in which it leaves out layers at random: call its "
+                "eval() before sampling"
+            )
+        processors = self.unet.attn_processors.values()
+        others = {
+            type(each).__name__ for each in processors if not isinstance(each, LayerAttention)
+        }
+        if others:
+            raise ValueError(
+                f"the UNet's attention runs by {sorted(others)}, which know nothing of CFLD Eq. 4: "
+                "do not slice attention, fuse projections or set other processors; load it again"
+            )
 
     def _model(self) -> CFLD:
         """CFLD around the components, as they are now."""
@@ -274,12 +319,9 @@ class CFLDPipeline(DiffusionPipeline):
         """Standard normal noise, in float32 whatever the model's type."""
         device = self._execution_device
         shape = (num_latents, self.unet.config.in_channels, *self.conditioner.settings.latent_size)
-        if isinstance(generator, list) and len(generator) != num_latents:
-            raise ValueError(f"{len(generator)} generators for {num_latents} results")
+        check_noise(generator, latents, shape)
         if latents is None:
             latents = randn_tensor(shape, generator, device, torch.float32)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents have the shape {tuple(latents.shape)}, expected {shape}")
         return latents.to(device, torch.float32)
 
     def _encode_region(self, references: Sequence[Reference], num_latents: int) -> Region:
@@ -309,6 +351,7 @@ class CFLDPipeline(DiffusionPipeline):
         options = {"generator": generator} if takes_generator else {}
         self._interrupt = False
         timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
         latents = noise * self.scheduler.init_noise_sigma
         if region is not None:
             latents = region.restore(latents, noise, self.scheduler, timesteps[:1])
@@ -376,16 +419,3 @@ def _check_sizes(sizes: Sequence[Size], num_rows: int, output_type: str) -> None
         raise ValueError(
             f"images of {sorted(set(sizes))} do not fit one array: give height and width"
         )
-
-
-def _check_arguments(
-    height: int | None, width: int | None, output_type: str, num_images_per_prompt: int
-) -> None:
-    if (height is None) != (width is None):
-        raise ValueError(f"height is {height} and width is {width}: give both or neither")
-    if height is not None and width is not None and min(height, width) < 1:
-        raise ValueError(f"height {height} and width {width} must be at least 1")
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type is {output_type!r}; choose one of {OUTPUT_TYPES}")
-    if num_images_per_prompt < 1:
-        raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}, must be at least 1")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -11,9 +13,9 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Float32, UInt8
 from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
 
-from cfld.images import resize_image
+from cfld.images import resize_image, to_floats
 from cfld.pose import NUM_JOINTS, POSE_MAP_CHANNELS, draw_pose_map, is_found
 from cfld.pose_drawing import read_drawing
 from cfld.pose_network import PersonPose
@@ -62,6 +64,44 @@ class FramedPose:
             )
 
 
+def check_counts(**counts: object) -> None:
+    """Refuse arguments that are no whole numbers from 1 on.
+
+    Raises:
+        ValueError: Naming the first such argument.
+    """
+    for name, count in counts.items():
+        if not isinstance(count, Integral) or count < 1:
+            raise ValueError(f"{name} is {count!r}; give a whole number, at least 1")
+
+
+def check_scales(**scales: object) -> None:
+    """Refuse arguments that are no finite numbers.
+
+    Raises:
+        ValueError: Naming the first such argument.
+    """
+    for name, scale in scales.items():
+        if not isinstance(scale, Real) or not math.isfinite(scale):
+            raise ValueError(f"{name} is {scale!r}; give a finite number")
+
+
+def check_noise(generator: object, latents: object, shape: tuple[int, ...]) -> None:
+    """Refuse what is no source of noise of this shape, one row for each result.
+
+    Raises:
+        ValueError: If it has another type, number or shape.
+    """
+    generators = generator if isinstance(generator, list) else [generator] * shape[0]
+    if generator is not None and not all(isinstance(each, Generator) for each in generators):
+        raise ValueError(f"generator is {generator!r}; give a torch.Generator, or a list of them")
+    if len(generators) != shape[0]:
+        raise ValueError(f"{len(generators)} generators for {shape[0]} results")
+    found = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+    if latents is not None and found != shape:
+        raise ValueError(f"latents are {found}, expected a tensor of the shape {shape}")
+
+
 def read_pictures(image: object) -> list[UInt8[np.ndarray, "_ _ 3"]]:
     """RGB pictures of any size.
 
@@ -94,7 +134,7 @@ def read_sources(
 ) -> Float[Tensor, "batch 3 {size[0]} {size[1]}"]:
     """Source images in [-1, 1], resized as in training, without keeping the aspect ratio."""
     resized = np.stack([resize_image(picture, size) for picture in pictures])
-    return rearrange(torch.from_numpy(resized), "b h w c -> b c h w").float() / 127.5 - 1
+    return to_floats(torch.from_numpy(resized))
 
 
 def read_poses(
@@ -110,7 +150,8 @@ def read_poses(
             estimator.
         NoPersonError: If the estimator finds nobody in a photo.
     """
-    poses = [entry for nested in _as_list(pose) for entry in _split(nested)]
+    given = pose if isinstance(pose, (list, tuple)) else [pose]
+    poses = [entry for nested in given for entry in _split(nested)]
     if len(set(frames)) == 1:
         frames = [frames[0]] * len(poses)
     read: list[FramedPose | Tensor] = []
@@ -129,9 +170,7 @@ def read_poses(
     return read
 
 
-def find_person(
-    photo: UInt8[np.ndarray, "height width 3"], estimator: Estimator | None
-) -> FramedPose:
+def find_person(photo: UInt8[np.ndarray, "height width 3"], estimator: object) -> FramedPose:
     """The pose of a drawn skeleton or, by the estimator, of a photo's main person.
 
     Raises:
@@ -140,10 +179,10 @@ def find_person(
     """
     keypoints = read_drawing(photo)
     if keypoints is None:
-        if estimator is None:
+        if not isinstance(estimator, Estimator):
             raise ValueError(
                 "the pose picture is no skeleton of one person drawn in OpenPose's colours on "
-                "black; for a photo give a pose_estimator"
+                "black; for a photo give a pose_estimator, whose method is estimate"
             )
         keypoints = estimator.estimate([photo])[0].keypoints
         if not is_found(keypoints).any():
@@ -193,7 +232,7 @@ def draw_poses(
             )
     return torch.stack(
         [
-            pose.float() if isinstance(pose, Tensor) else draw_pose_map(*_unpack(pose), size)
+            pose if isinstance(pose, Tensor) else draw_pose_map(pose.keypoints, pose.frame, size)
             for pose in poses
         ]
     )
@@ -204,10 +243,6 @@ def _place(centre: float, window: float, length: int) -> float:
     if window >= length:
         return (length - window) / 2
     return min(max(centre - window / 2, 0.0), length - window)
-
-
-def _unpack(pose: FramedPose) -> tuple[np.ndarray, Size]:
-    return pose.keypoints, pose.frame
 
 
 def _as_uint8(image: np.ndarray) -> UInt8[np.ndarray, "*batch height width 3"]:
@@ -222,20 +257,21 @@ def _as_uint8(image: np.ndarray) -> UInt8[np.ndarray, "*batch height width 3"]:
     return np.rint(image * 255).astype(np.uint8)
 
 
-def _as_list(pose: object) -> list[object]:
-    return list(pose) if isinstance(pose, (list, tuple)) else [pose]
-
-
 def _split(pose: object) -> list[np.ndarray | Tensor | FramedPose]:
     """One entry per pose: `[18, 3]` and HWC pictures as arrays, pose maps as tensors."""
     if isinstance(pose, FramedPose):
         return [pose]
     shape = tuple(getattr(pose, "shape", ()))
     if shape[-2:] == (NUM_JOINTS, 3) and len(shape) in (2, 3):
-        points = pose.detach().cpu().numpy() if isinstance(pose, Tensor) else np.asarray(pose)
-        return list(points.astype(np.float32).reshape(-1, NUM_JOINTS, 3))
+        points = pose.detach().cpu().float() if isinstance(pose, Tensor) else pose
+        return list(np.asarray(points, np.float32).reshape(-1, NUM_JOINTS, 3))
     if isinstance(pose, Tensor) and len(shape) in (3, 4) and shape[-3] == POSE_MAP_CHANNELS:
-        return list(pose.detach().cpu().reshape(-1, *shape[-3:]))
+        maps = pose.detach().cpu().float().reshape(-1, *shape[-3:])
+        if not ((maps >= 0) & (maps <= 1)).all():  # also false for NaN
+            raise ValueError(
+                f"a pose map has values from {maps.min():g} to {maps.max():g}, not in [0, 1]"
+            )
+        return list(maps)
     try:
         return list(read_pictures(pose))
     except ValueError as error:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers.callbacks import PipelineCallback
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -195,6 +196,20 @@ def test_callback_sees_what_the_latents_seem_to_come_from(pixels):
     assert seen[-1]["pred_original_sample"] is None
 
 
+def test_diffusers_own_callbacks_get_what_they_ask_for(pixels):
+    seen = []
+
+    class Record(PipelineCallback):
+        tensor_inputs = ("pred_original_sample",)
+
+        def callback_fn(self, pipeline, *arguments):
+            seen.append((pipeline.num_timesteps, list(arguments[-1])))
+            return arguments[-1]
+
+    generate(pixels, callback_on_step_end=Record(cutoff_step_ratio=1.0))
+    assert seen == NUM_STEPS * [(NUM_STEPS, ["pred_original_sample"])]
+
+
 def test_callback_can_interrupt(pixels):
     steps = []
 
@@ -339,6 +354,38 @@ def test_schedulers_by_name(pixels, name):
     assert difference(images, generate(swapped)) == 0
 
 
+def test_a_model_in_training_mode_is_refused(micro, build):
+    model = build(micro["pixels"])
+    pipeline = CFLDPipeline.from_model(model, build_codec(micro["pixels"].codec))
+    model.train()
+    for call in (pipeline.encode_appearance, lambda image: generate(pipeline, image)):
+        with pytest.raises(ValueError, match=r"in training mode.*call its eval\(\)"):
+            call(FIRST.image)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipeline: pipeline.enable_attention_slicing(),
+        lambda pipeline: pipeline.unet.fuse_qkv_projections(),
+    ],
+)
+def test_attention_of_another_kind_is_refused(micro, build, change):
+    pipeline = CFLDPipeline.from_model(build(micro["pixels"]), build_codec(micro["pixels"].codec))
+    change(pipeline)
+    with pytest.raises(ValueError, match="do not slice attention, fuse projections"):
+        generate(pipeline)
+
+
+def test_sampling_leaves_gradient_checkpointing_alone(micro, build):
+    model = build(micro["pixels"])
+    model.set_gradient_checkpointing(["unet", "appearance"])
+    pipeline = CFLDPipeline.from_model(model, build_codec(micro["pixels"].codec))
+    generate(pipeline, num_inference_steps=1)
+    assert model.unet.is_gradient_checkpointing
+    assert model.appearance.recompute
+
+
 def test_model_to_pipeline_and_back(micro, build):
     config = micro["pixels"]
     model = build(config)
@@ -376,14 +423,18 @@ def test_a_pose_frame_scales_keypoints(pixels):
     ("options", "message"),
     [
         ({"height": 64}, "give both or neither"),
-        ({"height": 0, "width": 5}, "must be at least 1"),
+        ({"height": 0, "width": 5}, "height is 0; give a whole number"),
+        ({"num_inference_steps": -1}, "num_inference_steps is -1; give a whole number"),
+        ({"pose_guidance_scale": float("nan")}, "pose_guidance_scale is nan; give a finite"),
+        ({"appearance_guidance_scale": float("inf")}, "appearance_guidance_scale is inf"),
         ({"output_type": "jpg"}, "choose one of"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"has \['noise'\]; there are"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"is \['noise'\]; give a list of"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "is 'latents'; give a list of"),
         ({"pose": [SECOND.keypoints] * 3, "image": [FIRST.image] * 2}, "2 images and 3 poses"),
         ({"pose": []}, "1 images and 0 poses"),
         ({"generator": [generator()] * 2}, "2 generators for 1 results"),
-        ({"latents": torch.zeros(1, 1, 8, 8)}, "latents have the shape"),
+        ({"latents": torch.zeros(1, 1, 8, 8)}, r"latents are \(1, 1, 8, 8\), expected a tensor of"),
         (
             {"image": [FIRST.image, FIRST.image[:40]], "pose_frame": (48, 32)},
             "do not fit one array: give height and width",

@@ -2,10 +2,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Generator
 
 from cfld.pipeline_inputs import (
     FramedPose,
     NoPersonError,
+    check_counts,
+    check_noise,
+    check_scales,
     draw_poses,
     find_person,
     fit_frame,
@@ -86,7 +90,8 @@ def test_poses_of_every_form():
     drawing = draw_skeleton(keypoints, (96, 64), (96, 64))
     pose_map = draw_pose_map(keypoints, (96, 64), (32, 32))
     estimator = FixedEstimator(keypoints)
-    forms = [keypoints, torch.from_numpy(keypoints), pose_map, FIGURE.image]
+    half = torch.from_numpy(keypoints).bfloat16()  # whole numbers below 256 are exact
+    forms = [keypoints, torch.from_numpy(keypoints), half, pose_map, FIGURE.image]
     expected = pose_map[None]
     for form in forms:
         poses = read_poses(form, [(96, 64)], estimator)
@@ -131,14 +136,40 @@ def test_poses_that_do_not_fit_are_refused():
         read_poses(nobody, [(96, 64)])
     with pytest.raises(ValueError, match=r"do not lie in a frame of height, width .* pose_frame"):
         read_poses(FIGURE.keypoints, [(30, 30)])
-    with pytest.raises(ValueError, match="for a photo give a pose_estimator"):
-        read_poses(photo, [(96, 64)])
+    for estimator in (None, "openpose"):
+        with pytest.raises(ValueError, match="for a photo give a pose_estimator, whose method"):
+            find_person(photo, estimator)
+    for values in (torch.full((21, 8, 8), 255.0), torch.full((21, 8, 8), float("nan"))):
+        with pytest.raises(ValueError, match=r"a pose map has values from .*, not in \[0, 1\]"):
+            read_poses(values, [(96, 64)])
     with pytest.raises(ValueError, match=r"a pose is keypoints .* not str"):
         read_poses("b.jpg", [(96, 64)])
     with pytest.raises(ValueError, match=r"pose map of \(8, 8\) is given, the model's are"):
         draw_poses(read_poses(torch.zeros(21, 8, 8), [(96, 64)]), (32, 32))
     with pytest.raises(NoPersonError, match="no person was found"):
         find_person(photo, FixedEstimator(nobody))
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        (lambda: check_counts(steps=2, height=32.5), "height is 32.5; give a whole number"),
+        (lambda: check_counts(steps=None), "steps is None; give a whole number, at least 1"),
+        (lambda: check_scales(pose=1, appearance=None), "appearance is None; give a finite"),
+        (lambda: check_noise(3, None, (1, 4)), "generator is 3; give a torch.Generator, or a"),
+        (lambda: check_noise((Generator(),), None, (1, 4)), "generator is .*, or a list of them"),
+        (lambda: check_noise([Generator()], None, (2, 4)), "1 generators for 2 results"),
+        (lambda: check_noise(None, np.zeros((1, 4)), (1, 4)), r"latents are ndarray, expected"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(check, message):
+    with pytest.raises(ValueError, match=message):
+        check()
+
+
+def test_numbers_of_numpy_are_numbers():
+    check_counts(steps=np.int64(3))
+    check_scales(pose=np.float32(1.5))
 
 
 @pytest.mark.parametrize("frame", [(1080, 1920), (1920, 1080), (700, 700)])
