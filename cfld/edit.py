@@ -49,7 +49,7 @@ from cfld.pipeline_inputs import FramedPose, Size, fit_frame
 
 logger = logging.getLogger("cfld.edit")  # run as a command, __name__ is another
 
-PARTS = ("prompt", "biases")
+MIXABLE = ("prompt", "biases")
 
 _ANIMATED = (".gif", ".webp")
 _MAX_GREY = 0.1  # share of a mask's pixels that may be neither black nor white
@@ -279,8 +279,8 @@ def _make_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--mix",
         nargs="+",
-        choices=PARTS,
-        default=PARTS,
+        choices=MIXABLE,
+        default=MIXABLE,
         metavar="PART",
         help="prompt, biases (both)",
     )

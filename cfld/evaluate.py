@@ -12,21 +12,26 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cfld.evaluation import METRICS, Protocol, check_number, check_oneself, evaluate, open_protocol
-from cfld.generation_options import (
-    finite,
-    make_parser,
-    positive,
-    read_device,
-    run_command,
-    seed,
+from cfld.evaluation.image_workers import choose_devices, run_job
+from cfld.evaluation.pair_images import (
+    ImageSettings,
+    choose_pairs,
+    plan_job,
+    read_identity,
+    reserved,
 )
-from cfld.image_workers import choose_devices, run_job
-from cfld.pair_images import ImageSettings, choose_pairs, plan_job, read_identity, reserved
-from cfld.paper_tables import TABLE_3, TABLE_5, format_score, markdown_table
-from cfld.photo_source import PhotoSource, SourceError, open_photos
-from cfld.report import Evaluation, write_report
-from cfld.result_files import (
+from cfld.evaluation.paper_tables import TABLE_3, TABLE_5, format_score, markdown_table
+from cfld.evaluation.photo_source import PhotoSource, SourceError, open_photos
+from cfld.evaluation.protocol import (
+    METRICS,
+    ScoringProtocol,
+    check_number,
+    check_oneself,
+    evaluate,
+    open_protocol,
+)
+from cfld.evaluation.report import Evaluation, write_report
+from cfld.evaluation.result_files import (
     KNOWN_PATTERNS,
     PATTERN,
     Panel,
@@ -35,8 +40,16 @@ from cfld.result_files import (
     check_results,
     find_results,
 )
-from cfld.result_reader import ResultReader
-from cfld.studies import GUIDANCE_SCALES, StudyRow, write_study
+from cfld.evaluation.result_reader import ResultReader
+from cfld.evaluation.studies import GUIDANCE_SCALES, StudyRow, write_study
+from cfld.generation_options import (
+    finite,
+    make_parser,
+    positive,
+    read_device,
+    run_command,
+    seed,
+)
 
 logger = logging.getLogger("cfld.evaluate")  # run as a command, __name__ is another
 
@@ -79,7 +92,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _evaluate_generated(
-    args: argparse.Namespace, photos: PhotoSource, protocol: Protocol
+    args: argparse.Namespace, photos: PhotoSource, protocol: ScoringProtocol
 ) -> Evaluation:
     results = find_results(args.generated, photos, args.pattern)
     notes = check_results(
@@ -99,7 +112,7 @@ def _evaluate_generated(
     return evaluation
 
 
-def _run_study(args: argparse.Namespace, photos: PhotoSource, protocol: Protocol) -> str:
+def _run_study(args: argparse.Namespace, photos: PhotoSource, protocol: ScoringProtocol) -> str:
     """Evaluate several weights, or one with several scales, each in a folder of its own."""
     if args.sweep:
         scales = GUIDANCE_SCALES | {f"{pose}, {app}": (pose, app) for pose, app in args.scales}
@@ -131,7 +144,7 @@ def _with(args: argparse.Namespace, output: str, **changes: Any) -> argparse.Nam
 def _evaluate_weights(
     args: argparse.Namespace,
     photos: PhotoSource,
-    protocol: Protocol,
+    protocol: ScoringProtocol,
     self_checks: Mapping[str, Mapping[str, float]] | None = None,
 ) -> StudyRow:
     """Generate what is not there yet, then score it; self-checks are computed if not given."""
@@ -180,7 +193,7 @@ def _image_settings(args: argparse.Namespace, photos: PhotoSource) -> ImageSetti
     )
 
 
-def _open(args: argparse.Namespace) -> tuple[PhotoSource, Protocol]:
+def _open(args: argparse.Namespace) -> tuple[PhotoSource, ScoringProtocol]:
     photos = open_photos(args.targets, args.split, args.pairs)
     reference = None
     if args.reference:

@@ -19,11 +19,11 @@ import numpy as np
 from PIL import Image
 from scipy.stats import binomtest
 
-from cfld.paper_tables import markdown_table
-from cfld.photo_source import Pair, PhotoSource, SourceError, open_photos
-from cfld.report import data_uri
-from cfld.result_files import Panel, ResultError, ResultFiles, find_results, read_panel
-from cfld.scoring import Pixels, protocol_target
+from cfld.evaluation.paper_tables import markdown_table
+from cfld.evaluation.photo_source import Pair, PhotoSource, SourceError, open_photos
+from cfld.evaluation.report import data_uri
+from cfld.evaluation.result_files import Panel, ResultError, ResultFiles, find_results, read_panel
+from cfld.evaluation.scoring import Pixels, protocol_target
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 from jaxtyping import UInt8
 from PIL import Image
 
+from cfld.evaluation.result_files import name_of
 from cfld.images import decode_image, resize_image
-from cfld.result_files import name_of
 from shards.format import ShardSet, open_shards
 
 REGIONS_FOLDER = "regions"

@@ -14,8 +14,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import UInt8
 
+from cfld.evaluation.paper_tables import markdown_table
 from cfld.images import decode_image, encode_png
-from cfld.paper_tables import markdown_table
 from cfld.web_page import image_uri, make_page, make_table
 from demo.drawn_scores import score_pictures
 from demo.held_out import HeldOut, count_images, read_generated

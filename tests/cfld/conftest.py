@@ -19,7 +19,7 @@ from torchvision.models import alexnet, inception_v3
 
 from cfld.codec import build_codec
 from cfld.config import PRESETS, CFLDConfig
-from cfld.metric_networks import WEIGHTS_URLS
+from cfld.evaluation.metric_networks import WEIGHTS_URLS
 from cfld.model import CFLD
 from cfld.objective import TrainingBatch, draw_rows
 from cfld.pipeline import CFLDPipeline

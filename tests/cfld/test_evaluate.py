@@ -17,12 +17,12 @@ from playwright.sync_api import sync_playwright
 from skimage.metrics import peak_signal_noise_ratio
 
 from cfld.evaluate import main
-from cfld.metric_networks import load_metric_networks
-from cfld.metrics import PAIR_METRICS, pair_metrics
-from cfld.paper_tables import GROUND_TRUTH, TABLE_2_256, TABLE_5, compare, markdown_table
-from cfld.photo_source import SourceError, open_photos
-from cfld.result_files import KNOWN_PATTERNS, Panel, ResultError, find_results
-from cfld.scoring import (
+from cfld.evaluation.metric_networks import load_metric_networks
+from cfld.evaluation.metrics import PAIR_METRICS, pair_metrics
+from cfld.evaluation.paper_tables import GROUND_TRUTH, TABLE_2_256, TABLE_5, compare, markdown_table
+from cfld.evaluation.photo_source import SourceError, open_photos
+from cfld.evaluation.result_files import KNOWN_PATTERNS, Panel, ResultError, find_results
+from cfld.evaluation.scoring import (
     ImagePair,
     bootstrap_interval,
     protocol_images,

@@ -20,12 +20,12 @@ from playwright.sync_api import sync_playwright
 
 from cfld.codec import build_codec
 from cfld.evaluate import main
-from cfld.pair_images import choose_pairs, pair_seed
-from cfld.paper_tables import GROUND_TRUTH, TABLE_5, VAE_RECONSTRUCTION
-from cfld.photo_source import open_photos
+from cfld.evaluation.pair_images import choose_pairs, pair_seed
+from cfld.evaluation.paper_tables import GROUND_TRUTH, TABLE_5, VAE_RECONSTRUCTION
+from cfld.evaluation.photo_source import open_photos
+from cfld.evaluation.result_files import find_results, name_of
+from cfld.evaluation.studies import GUIDANCE_SCALES
 from cfld.pipeline import CFLDPipeline
-from cfld.result_files import find_results, name_of
-from cfld.studies import GUIDANCE_SCALES
 from preprocessing.figures import draw_figure
 
 NAMES = [f"anna_{view}" for view in range(3)] + [f"bo_{view}" for view in range(3)]

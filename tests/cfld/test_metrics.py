@@ -9,9 +9,14 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from cfld import metrics
-from cfld.frechet import FeatureStatistics, FeatureStream, TooFewImagesError, frechet_distance
-from cfld.metric_networks import load_metric_networks, network_sha256
+from cfld.evaluation import metrics
+from cfld.evaluation.frechet import (
+    FeatureStatistics,
+    FeatureStream,
+    TooFewImagesError,
+    frechet_distance,
+)
+from cfld.evaluation.metric_networks import load_metric_networks, network_sha256
 
 GAUSSIAN = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
 

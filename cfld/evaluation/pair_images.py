@@ -16,13 +16,13 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from cfld.evaluation.photo_source import Pair, PhotoSource, SourceError
+from cfld.evaluation.result_files import ResultError, name_of
 from cfld.generation_options import load_pipeline, read_index
 from cfld.images import encode_png
-from cfld.photo_source import Pair, PhotoSource, SourceError
 from cfld.pipeline import CFLDPipeline
 from cfld.pipeline_inputs import read_sources
 from cfld.pose import draw_pose_map
-from cfld.result_files import ResultError, name_of
 
 SETTINGS_FILE = "generation.json"
 

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from cfld.evaluation.photo_source import IMAGE_EXTENSIONS, Pair, PhotoSource, stem
 from cfld.images import decode_image
-from cfld.photo_source import IMAGE_EXTENSIONS, Pair, PhotoSource, stem
 
 PATTERN = "{source}_2_{target}"
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from cfld.frechet import FeatureStatistics
-from cfld.metric_networks import NETWORK_METRICS, MetricNetworks, load_metric_networks
-from cfld.metrics import PAIR_METRICS, check_windows
-from cfld.pair_images import ImageJob
-from cfld.paper_tables import GROUND_TRUTH, TABLE_OF_SIZE, VAE_RECONSTRUCTION
-from cfld.photo_source import Pair, PhotoSource
-from cfld.report import Evaluation
-from cfld.result_files import ResultError
-from cfld.result_reader import ResultReader
-from cfld.scoring import reference_statistics, score
+from cfld.evaluation.frechet import FeatureStatistics
+from cfld.evaluation.metric_networks import NETWORK_METRICS, MetricNetworks, load_metric_networks
+from cfld.evaluation.metrics import PAIR_METRICS, check_windows
+from cfld.evaluation.pair_images import ImageJob
+from cfld.evaluation.paper_tables import GROUND_TRUTH, TABLE_OF_SIZE, VAE_RECONSTRUCTION
+from cfld.evaluation.photo_source import Pair, PhotoSource
+from cfld.evaluation.report import Evaluation
+from cfld.evaluation.result_files import ResultError
+from cfld.evaluation.result_reader import ResultReader
+from cfld.evaluation.scoring import reference_statistics, score
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ METRICS = (*PAIR_METRICS, *NETWORK_METRICS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol:
+class ScoringProtocol:
     """How results are scored: at which size (height, width), by what, FID against which photos."""
 
     size: tuple[int, int]
@@ -56,7 +56,7 @@ def open_protocol(
     weights_dir: Path | None,
     device: torch.device | str,
     cache: Path,
-) -> Protocol:
+) -> ScoringProtocol:
     """Load what scoring needs; what can't be had is noted in `networks.missing`.
 
     Raises:
@@ -79,7 +79,7 @@ def open_protocol(
     reasons = dict.fromkeys(without, "it needs the photos of --reference")
     for name, reason in (networks.missing | reasons).items():
         logger.warning("no %s: %s", name, reason)
-    return Protocol(
+    return ScoringProtocol(
         size=size,
         metrics=pair_metrics,
         networks=replace(networks, missing=networks.missing | reasons),
@@ -88,7 +88,7 @@ def open_protocol(
     )
 
 
-def check_number(num_images: int, protocol: Protocol) -> None:
+def check_number(num_images: int, protocol: ScoringProtocol) -> None:
     """Check that there are enough images for what is to be computed.
 
     Raises:
@@ -104,7 +104,7 @@ def check_number(num_images: int, protocol: Protocol) -> None:
 def evaluate(
     title: str,
     reader: ResultReader,
-    protocol: Protocol,
+    protocol: ScoringProtocol,
     *,
     settings: Mapping[str, Any],
     notes: Sequence[str] = (),
@@ -131,7 +131,7 @@ def evaluate(
     )
 
 
-def check_oneself(job: ImageJob, protocol: Protocol) -> dict[str, dict[str, float]]:
+def check_oneself(job: ImageJob, protocol: ScoringProtocol) -> dict[str, dict[str, float]]:
     """Score the targets of a finished job themselves, and their reconstructions.
 
     Each target counts as often as it occurs in the pairs, as the generated images do.
@@ -149,7 +149,7 @@ def check_oneself(job: ImageJob, protocol: Protocol) -> dict[str, dict[str, floa
     return checks
 
 
-def _photo_notes(photos: PhotoSource, protocol: Protocol) -> list[str]:
+def _photo_notes(photos: PhotoSource, protocol: ScoringProtocol) -> list[str]:
     notes = [photos.note] if photos.note else []
     if protocol.reference is not None and protocol.reference.note:
         notes.append(f"FID reference: {protocol.reference.note}")

@@ -23,10 +23,10 @@ from jaxtyping import Float, Float64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from cfld.frechet import FeatureStatistics, FeatureStream, frechet_distance
-from cfld.metric_networks import FEATURE_DIM, MetricNetworks, network_sha256
-from cfld.metrics import PAIR_METRICS, pair_metrics
-from cfld.photo_source import PhotoSource
+from cfld.evaluation.frechet import FeatureStatistics, FeatureStream, frechet_distance
+from cfld.evaluation.metric_networks import FEATURE_DIM, MetricNetworks, network_sha256
+from cfld.evaluation.metrics import PAIR_METRICS, pair_metrics
+from cfld.evaluation.photo_source import PhotoSource
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from cfld.evaluation.pair_images import GenerationError, ImageJob, make_images
+from cfld.evaluation.photo_source import SourceError
 from cfld.generation_options import WeightsError
-from cfld.pair_images import GenerationError, ImageJob, make_images
-from cfld.photo_source import SourceError
 
 logger = logging.getLogger(__name__)
 

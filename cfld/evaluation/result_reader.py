@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from cfld.photo_source import Pair, PhotoSource
-from cfld.result_files import Panel, name_of, read_panel
-from cfld.scoring import ImagePair, Pixels, map_ahead, protocol_images, protocol_target
+from cfld.evaluation.photo_source import Pair, PhotoSource
+from cfld.evaluation.result_files import Panel, name_of, read_panel
+from cfld.evaluation.scoring import ImagePair, Pixels, map_ahead, protocol_images, protocol_target
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cfld.images import encode_png
-from cfld.paper_tables import (
+from cfld.evaluation.paper_tables import (
     OURS,
     TABLE_OF_SIZE,
     compare,
@@ -23,7 +22,8 @@ from cfld.paper_tables import (
     format_score,
     markdown_table,
 )
-from cfld.scoring import ImagePair, Pixels, ScoreSet
+from cfld.evaluation.scoring import ImagePair, Pixels, ScoreSet
+from cfld.images import encode_png
 from cfld.web_page import image_uri, make_page, make_table
 
 # By which score pairs are ranked: the first that is there; LPIPS is better when it is lower.

@@ -9,11 +9,17 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from cfld.pair_images import choose_pairs
-from cfld.paper_tables import PaperTable, compare, format_interval, format_score, markdown_table
-from cfld.report import Evaluation, data_uri, metrics_document, remarks, write_texts
-from cfld.result_files import name_of
-from cfld.result_reader import ResultReader
+from cfld.evaluation.pair_images import choose_pairs
+from cfld.evaluation.paper_tables import (
+    PaperTable,
+    compare,
+    format_interval,
+    format_score,
+    markdown_table,
+)
+from cfld.evaluation.report import Evaluation, data_uri, metrics_document, remarks, write_texts
+from cfld.evaluation.result_files import name_of
+from cfld.evaluation.result_reader import ResultReader
 from cfld.web_page import make_page, make_table
 
 NUM_SHOWN = 6
