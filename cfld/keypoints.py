@@ -27,6 +27,7 @@ OPENPOSE_KEYS = ("pose_keypoints_2d", "pose_keypoints")  # the second in OpenPos
 BODY_25_ORDER = (0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18)
 COCO_17_ORDER = (0, None, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
 _NECK, _RIGHT_SHOULDER, _LEFT_SHOULDER = 1, 2, 5
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class KeypointsError(ValueError):
@@ -190,14 +191,7 @@ def _openpose_points(values: Any) -> Float32[np.ndarray, "18 3"]:
     points = _numbers(values, 3 * 18, 3 * 25).reshape(-1, 3)
     if len(points) == 25:
         points = points[list(BODY_25_ORDER)]
-    points = _mark_missing(points)
-    found = points[is_found(points), :2]
-    if len(found) > 1 and np.abs(found).max() <= 1:
-        raise ValueError(
-            "the coordinates are fractions of the image; pixels are needed: run OpenPose with "
-            "--keypoint_scale 0"
-        )
-    return points
+    return _in_pixels(_mark_missing(points))
 
 
 def _parse_coco(content: Any, path: str | Path) -> Iterator[ImagePeople | BadRow]:
@@ -242,7 +236,7 @@ def _coco_points(points: Float[np.ndarray, "17 3"], is_scored: bool) -> Float32[
         points = np.column_stack((points[:, :2], points[:, 2] > 0))
     ours = np.array([points[joint or 0] for joint in COCO_17_ORDER])
     ours[_NECK] = 0
-    ours = _mark_missing(ours)
+    ours = _in_pixels(_mark_missing(ours))
     ours[_NECK] = midpoint(ours, _RIGHT_SHOULDER, _LEFT_SHOULDER)
     return ours
 
@@ -251,7 +245,7 @@ def _numbers(values: Any, *lengths: int) -> Float[np.ndarray, " numbers"]:
     if not isinstance(values, list) or len(values) not in lengths:
         size = f"{len(values)} values" if isinstance(values, list) else "no list"
         raise ValueError(f"{size}, expected {' or '.join(map(str, lengths))}")
-    if not all(isinstance(value, int | float) and np.isfinite(value) for value in values):
+    if not all(isinstance(value, int | float) and abs(value) <= _LARGEST for value in values):
         raise ValueError("holds something other than finite numbers")
     return np.array(values, dtype=np.float64)
 
@@ -260,6 +254,16 @@ def _mark_missing(points: Float[np.ndarray, "joints 3"]) -> Float32[np.ndarray, 
     """Set points without a positive score to NaN, NaN, 0."""
     is_scored = points[:, 2:] > 0
     return np.where(is_scored, points, (np.nan, np.nan, 0)).astype(np.float32)
+
+
+def _in_pixels(points: Float32[np.ndarray, "joints 3"]) -> Float32[np.ndarray, "joints 3"]:
+    found = points[is_found(points), :2]
+    if len(found) > 1 and np.abs(found).max() <= 1:
+        raise ValueError(
+            "the coordinates are fractions of the image; pixels are needed (of OpenPose: run it "
+            "with --keypoint_scale 0)"
+        )
+    return points
 
 
 def _with_joints(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 from PIL import Image
 
 from cfld.images import (
@@ -40,6 +40,10 @@ RECORDS_FOLDER = f"{WORK_FOLDER}/shards"
 
 SHOULDERS_AND_HIPS = (2, 5, 8, 11)
 _FINE_COLOUR_BELOW = 256
+
+# Of a frame's side. Pose networks place a joint at the edge up to a cell, 2 to 4 %, beyond it; what
+# lies further out was meant for another frame, or guessed.
+_OUTSIDE_TOLERANCE = 0.05
 
 # A photo as this stage needs it. Keypoints refer to a frame (height, width), null: the photo's own.
 PHOTO_SCHEMA = pa.schema(
@@ -147,13 +151,26 @@ def scale_keypoints(
     return scaled.astype(np.float32)
 
 
-def explain_invalid(photo: Mapping[str, Any]) -> str | None:
-    """Return why a photo may stand in no pair, None if it may."""
+def lies_outside(
+    keypoints: Float32[np.ndarray, "18 3"], frame: tuple[int, int]
+) -> Bool[np.ndarray, " 18"]:
+    """Tell which joints lie outside of the frame (height, width) by more than 5 % of its side."""
+    sides = np.array(frame[::-1])
+    margin = _OUTSIDE_TOLERANCE * sides
+    distance = np.abs(keypoints[:, :2] - (sides - 1) / 2)  # from the centre
+    return np.any(distance > (sides - 1) / 2 + margin, axis=1)
+
+
+def explain_invalid(photo: Mapping[str, Any], frame: tuple[int, int]) -> str | None:
+    """Return why a photo whose keypoints refer to a frame may stand in no pair, None if it may."""
     if not photo["is_pairable"]:
         return "not_pairable"
     if photo["keypoints"] is None:
         return "no_keypoints"
-    found = is_found(_keypoints(photo))
+    keypoints = _keypoints(photo)
+    found = is_found(keypoints)
+    if lies_outside(keypoints, frame).any():
+        return "keypoints_outside"
     if not found.any():
         return "no_person"
     return None if found[list(SHOULDERS_AND_HIPS)].all() else "too_few_joints"
@@ -174,10 +191,12 @@ def _add_sample(
     tar: ShardWriter, order: ShardOrder, photo: dict[str, Any], image: StoredImage
 ) -> dict[str, Any]:
     """Append a sample's members to the tar; return its row of the record."""
-    frame = (photo["frame_height"], photo["frame_width"])
-    old = image.photo_size if None in frame else frame
-    keypoints = scale_keypoints(_keypoints(photo), old, image.size)
-    invalid_reason = explain_invalid(photo)
+    given = (photo["frame_height"], photo["frame_width"])
+    frame = image.photo_size if None in given else given
+    keypoints = _keypoints(photo)
+    keypoints[lies_outside(keypoints, frame)] = (np.nan, np.nan, 0)  # nobody could draw them
+    keypoints = scale_keypoints(keypoints, frame, image.size)
+    invalid_reason = explain_invalid(photo, frame)
     row = photo | {
         "dataset": order.dataset,
         "height": image.size[0],

@@ -72,6 +72,7 @@ class TestPatn:
             (f"a.jpg: {[1] * 17}: {[1] * 18}", "17 values, expected 18"),
             ("a.jpg: 3: 4", "no list, expected 18"),
             (f"a.jpg: {[1] * 18}: [1, 2", "delimiter"),
+            (f"a.jpg: {[10**300] * 18}: {[1] * 18}", "other than finite numbers"),
             (f"a.jpg: {['x'] * 18}: {[1] * 18}".replace("'", '"'), "other than finite numbers"),
             (f"a.jpg: {[-7] * 18}: {[1] * 18}", "negative coordinate other than -1"),
         ],
@@ -197,12 +198,14 @@ class TestCoco:
     def test_malformed_annotations_are_reported(self, tmp_path):
         good = {"image_id": 1, "keypoints": [10, 20, 2] * 17}
         bad = [{"image_id": 1}, {**good, "keypoints": [1] * 54}, {**good, "image_id": [1]}, 5]
+        bad += [{**good, "keypoints": [0.4, 0.9, 2] * 17}]
         (tmp_path / "a.json").write_text(json.dumps([*bad, good]))
         *reports, image = read_keypoints(tmp_path / "a.json")
-        assert [report.row for report in reports] == [1, 2, 3, 4]
+        assert [report.row for report in reports] == [1, 2, 3, 4, 5]
         assert "has no key 'keypoints'" in reports[0].reason
         assert "54 values, expected 51" in reports[1].reason
         assert "image_id is neither" in reports[2].reason
+        assert "fractions of the image; pixels are needed" in reports[4].reason
         assert len(image.people) == 1
 
     @pytest.mark.parametrize(

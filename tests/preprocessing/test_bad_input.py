@@ -25,6 +25,7 @@ from preprocessing.listing import Photo, Reject
 from preprocessing.listing_stage import list_dataset
 from preprocessing.photo_reader import PhotoStoreError, read_ahead, read_photo
 from preprocessing.published_keypoints import read_published
+from preprocessing.shard_stage import lies_outside
 from shards.format import ShardSet, open_shards
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
@@ -108,6 +109,7 @@ def outcome(ray_workers: int, tmp_path_factory: pytest.TempPathFactory) -> Outco
     files |= {"alone/one.jpg": encoded(PICTURE, "JPEG"), "nobody/a.jpg": encoded(PICTURE, "JPEG")}
     files |= {"nobody/unlisted.jpg": encoded(PICTURE, "JPEG")}
     files |= {"nobody/half.jpg": encoded(PICTURE, "JPEG")}
+    files |= {"nobody/outside.jpg": encoded(PICTURE, "JPEG")}
     for split in ("train", "test"):
         for name, data in files.items():
             path = root / split / name
@@ -118,7 +120,8 @@ def outcome(ray_workers: int, tmp_path_factory: pytest.TempPathFactory) -> Outco
     found = np.concatenate([np.arange(5, 23)[:, None].repeat(2, 1), np.ones((18, 1))], axis=1)
     nobody = np.tile(np.array([np.nan, np.nan, 0]), (18, 1))
     half = np.where(np.arange(18)[:, None] < 8, found, nobody)
-    special = {"a.jpg": nobody, "half.jpg": half}
+    outside = np.where(np.arange(18)[:, None] == 4, [9e9, 9, 1], found)  # in a photo 60 wide
+    special = {"a.jpg": nobody, "half.jpg": half, "outside.jpg": outside}
     names = [f"{split}/{name}" for split in ("train", "test") for name in files]
     listed = [name for name in names if "unlisted" not in name and "\n" not in name]
     keypoints = folder / "keypoints.csv"
@@ -181,6 +184,7 @@ def test_odd_names_are_kept_with_plain_keys(outcome: Outcome, name: str) -> None
         ("one.jpg", "single_image"),
         ("a.jpg", "no_person"),
         ("half.jpg", "too_few_joints"),
+        ("outside.jpg", "keypoints_outside"),
         ("unlisted.jpg", "no_keypoints"),
     ],
 )
@@ -190,6 +194,14 @@ def test_images_in_no_pair_are_stored_with_their_reason(
     reject = outcome.rejects()[name]
     assert (reject["stage"], reject["reason"], reject["is_stored"]) == ("pairs", reason, True)
     assert name in outcome.stored()
+
+
+def test_joints_are_outside_only_beyond_what_detectors_do() -> None:
+    keypoints = np.full((18, 3), 50, np.float32)
+    keypoints[:6, 0] = [-4.9, -5.1, 103.9, 104.1, np.nan, 99]
+    keypoints[6:9, 1] = [-9.9, 208.9, 209.1]
+    (found,) = np.nonzero(lies_outside(keypoints, (200, 100)))
+    assert found.tolist() == [1, 3, 8]
 
 
 def test_rows_of_a_keypoint_file_that_lead_nowhere_are_noted(outcome: Outcome) -> None:
