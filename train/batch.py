@@ -18,9 +18,10 @@ from torchvision.transforms.v2.functional import resize
 from cfld.images import ImageError, decode_image, resize_image, resize_steps
 from cfld.pose import NUM_JOINTS, POSE_MAP_SIZE, canvas_points, draw_bones
 from train.order import pairs_of
-from train.pairs import PairTable, Places
+from train.pair_table import PairTable, Places
 from train.randomness import Stream, uniforms_for
-from train.shard_cache import ShardError, ShardFiles
+from train.shard_cache import ShardError
+from train.shard_files import ShardFiles
 
 Buffer = dict[str, np.ndarray]
 

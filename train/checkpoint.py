@@ -56,7 +56,7 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Position:
+class CheckpointState:
     """All of a checkpoint that is not a tensor."""
 
     step: int
@@ -81,10 +81,10 @@ class Checkpoint:
             CheckpointError: If a file is missing or damaged, or of another version.
         """
         self.folder = folder
-        self.position = _read_position(folder)
+        self.state = _read_state(folder)
         self._files: dict[str, Any] = {}
-        for number in range(self.position.num_files):
-            path = folder / _part_name(number, self.position.num_files)
+        for number in range(self.state.num_files):
+            path = folder / _part_name(number, self.state.num_files)
             try:
                 file = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
@@ -136,7 +136,7 @@ def share_out(sizes: Mapping[str, int], num_ranks: int) -> list[set[str]]:
 
 def save_checkpoint(
     run: Path,
-    position: Position,
+    state: CheckpointState,
     masters: Masters,
     ranks: Ranks,
     owned: set[str],
@@ -148,7 +148,7 @@ def save_checkpoint(
 
     All files lie in a folder with a temporary name until the last is whole.
     """
-    name = f"step-{position.step:08d}"
+    name = f"step-{state.step:08d}"
     folder, torn = run / _FOLDER / name, run / _FOLDER / f"{_TORN}{name}"
     torn.mkdir(parents=True, exist_ok=True)
     tensors = {f"{EMA}/{name}": weight.cpu() for name, weight in ema.items()}
@@ -162,9 +162,9 @@ def save_checkpoint(
     _sync(path)
     ranks.wait()
     if ranks.is_first:
-        state = torn / STATE_FILE
-        state.write_text(json.dumps(asdict(position), indent=1), encoding="utf-8")
-        _sync(state)
+        state_file = torn / STATE_FILE
+        state_file.write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        _sync(state_file)
         shutil.rmtree(folder, ignore_errors=True)  # a run that went back may come here again
         torn.rename(folder)
         _sync(folder.parent)
@@ -192,7 +192,7 @@ def _drop_old(run: Path, keep: int, newest: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read_position(folder: Path) -> Position:
+def _read_state(folder: Path) -> CheckpointState:
     path = folder / STATE_FILE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -203,7 +203,7 @@ def _read_position(folder: Path) -> Position:
             f"{path}: version {state.get('version')}, this trainer reads {VERSION}; go on with "
             "the version of cfld that wrote it"
         )
-    return Position(**state)
+    return CheckpointState(**state)
 
 
 def _part_name(number: int, total: int) -> str:

@@ -16,7 +16,7 @@ from train.loader import LoaderConfig
 from train.log import LogConfig
 from train.optimizer import OptimizerConfig
 from train.order import OrderConfig
-from train.pairs import SetConfig
+from train.pair_table import SetConfig
 from train.pictures import PictureConfig
 from train.schedule import ScheduleConfig
 

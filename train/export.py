@@ -46,14 +46,14 @@ def export_run(run: Path, output: Path, *, use_ema: bool = True) -> None:
     model = build_model(config)
     checkpoint = Checkpoint(folder)
     check_frozen(checkpoint, hash_frozen(model))
-    has_ema = use_ema and checkpoint.position.has_ema
+    has_ema = use_ema and checkpoint.state.has_ema
     load_weights(model, checkpoint, EMA if has_ema else WEIGHTS)
     partial = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     CFLDPipeline.from_model(model, build_codec(config.model.codec)).save_pretrained(partial)
     shutil.copy(run / CONFIG_FILE, partial / "training.yaml")
     partial.rename(output)
-    logger.info("%s: weights of step %d of %s", output, checkpoint.position.step, run)
+    logger.info("%s: weights of step %d of %s", output, checkpoint.state.step, run)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

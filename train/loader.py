@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import logging
-import mmap
-import os
-import signal
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
-from types import FrameType
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Int, Int64
+from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from cfld.pose import POSE_MAP_SIZE
 from train.batch import (
     Batch,
     BatchFiller,
     BatchShape,
-    Buffer,
-    Filling,
     read_latent_shape,
     take_batch,
 )
+from train.loader_workers import Task, prepare_batches
 from train.order import (
     OrderConfig,
     accumulation_steps,
@@ -40,8 +31,9 @@ from train.order import (
     num_steps,
     pairs_of,
 )
-from train.pairs import PairTable, differences
-from train.shard_cache import CacheConfig, ShardError, ShardFiles
+from train.pair_table import PairTable, differences
+from train.shard_cache import CacheConfig
+from train.shard_files import ShardFiles
 
 logger = logging.getLogger(__name__)
 
@@ -65,18 +57,6 @@ class LoaderConfig:
             raise ValueError(f"loader.flip_source is {self.flip_source}, it must lie in [0, 1]")
         if self.num_workers < 0 or self.prefetch_batches < 1:
             raise ValueError("loader.num_workers must be 0 or more, prefetch_batches 1 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Task:
-    """One micro-batch to fill, and into which buffer; `upcoming` are the shards needed next."""
-
-    buffer: int
-    epoch: int
-    step: int
-    is_last: bool
-    draws: Int64[np.ndarray, " pairs"]
-    upcoming: tuple[int, ...]
 
 
 class Loader:
@@ -125,32 +105,12 @@ class Loader:
         self._report()
 
     def __iter__(self) -> Iterator[Batch]:
-        num_workers, ahead = self._config.num_workers, self._config.prefetch_batches
-        # The DataLoader has at most this many batches under way, so a buffer that comes round
-        # again has been copied out.
-        buffers = [self._shape.allocate() for _ in range(num_workers * ahead + 1)]
-        with _ending_flag() as is_over, ThreadPoolExecutor(1, "take-batch") as thread:
-            fillings = iter(
-                DataLoader(
-                    _Fillings(self._filler, self._files, buffers),
-                    batch_size=None,
-                    sampler=self._tasks(len(buffers)),
-                    collate_fn=_as_it_is,
-                    num_workers=num_workers,
-                    prefetch_factor=ahead if num_workers else None,
-                    multiprocessing_context="fork" if num_workers else None,
-                    generator=torch.Generator(),  # else it would draw from the trainer's
-                    worker_init_fn=partial(_outlive_stop_signals, is_over),
-                )
-            )
-            # One batch is taken ahead, so that the trainer does not wait for the copy.
-            following = thread.submit(_take_next, fillings, buffers)
-            while True:
-                task, batch = following.result()
-                if isinstance(batch, ShardError):
-                    del fillings  # now: the error's traceback would keep the workers
-                    raise batch
-                following = thread.submit(_take_next, fillings, buffers)
+        workers, ahead = self._config.num_workers, self._config.prefetch_batches
+        prepared = prepare_batches(
+            self._tasks(), self._filler, self._files, self._shape, num_workers=workers, ahead=ahead
+        )
+        with closing(prepared):
+            for task, batch in prepared:
                 self._position = self._after(task)
                 yield batch
 
@@ -195,7 +155,7 @@ class Loader:
         """Return the keys of the source and the target image of each draw, for reports."""
         return self.table.pair_keys(pairs_of(draws.cpu().numpy(), self.table.sets))
 
-    def _tasks(self, num_buffers: int) -> Iterator[_Task]:
+    def _tasks(self) -> Iterator[Task]:
         epoch, step = self._position
         for number in itertools.count():
             position, micro = divmod(number, self.accumulation)
@@ -203,8 +163,7 @@ class Loader:
             draws = self._epoch(epoch + ahead)[step_now]
             if micro == 0:
                 upcoming = self._upcoming(epoch + ahead, step_now)
-            yield _Task(
-                buffer=number % num_buffers,
+            yield Task(
                 epoch=epoch + ahead,
                 step=step_now,
                 is_last=micro == self.accumulation - 1,
@@ -212,7 +171,7 @@ class Loader:
                 upcoming=upcoming,
             )
 
-    def _after(self, task: _Task) -> tuple[int, int]:
+    def _after(self, task: Task) -> tuple[int, int]:
         """The position once this micro-batch has been handed out."""
         steps = task.epoch * self.steps_per_epoch + task.step + task.is_last
         return divmod(steps, self.steps_per_epoch)
@@ -287,60 +246,3 @@ def load_pairs(
     finally:
         files.close()
     return take_batch(buffer, filling, epoch=0, step=0)
-
-
-class _Fillings(Dataset[tuple[_Task, "Filling | ShardError"]]):
-    """Fills the buffer that a task names; in a worker, a copy of it forked from the trainer."""
-
-    def __init__(self, filler: BatchFiller, files: ShardFiles, buffers: list[Buffer]) -> None:
-        self._filler = filler
-        self._files = files
-        self._buffers = buffers
-
-    def __getitem__(self, task: _Task) -> tuple[_Task, Filling | ShardError]:
-        self._files.plan(task.upcoming)
-        try:
-            return task, self._filler.fill(self._buffers[task.buffer], task.draws)
-        except ShardError as error:  # as a value: an exception would arrive with its traceback
-            return task, error
-
-
-def _take_next(
-    fillings: Iterator[tuple[_Task, Filling | ShardError]], buffers: list[Buffer]
-) -> tuple[_Task, Batch | ShardError]:
-    task, filling = next(fillings)
-    if isinstance(filling, ShardError):
-        return task, filling
-    pin = torch.cuda.is_available()
-    buffer = buffers[task.buffer]
-    return task, take_batch(buffer, filling, epoch=task.epoch, step=task.step, pin=pin)
-
-
-@contextmanager
-def _ending_flag() -> Iterator[mmap.mmap]:
-    """A byte shared with workers: 1 when this ends, or the process does."""
-    flag = mmap.mmap(-1, 1)
-    end = partial(flag.__setitem__, 0, 1)
-    atexit.register(end)  # runs before multiprocessing ends its processes, registered earlier
-    try:
-        yield flag
-    finally:
-        end()
-        atexit.unregister(end)
-
-
-def _outlive_stop_signals(is_over: mmap.mmap, worker: int) -> None:
-    """Let the trainer, which gets the same signals, finish its step; end when it wants no more."""
-    del worker
-
-    def end_if_over(signal_number: int, frame: FrameType | None) -> None:
-        del signal_number, frame
-        if is_over[0]:
-            os._exit(0)
-
-    signal.signal(signal.SIGTERM, end_if_over)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes
-
-
-def _as_it_is(filled: Any) -> Any:
-    return filled

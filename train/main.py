@@ -23,7 +23,7 @@ from train.config import TrainConfig, load_train_config
 from train.engine import check_precision
 from train.export import CONFIG_FILE, PIPELINE_FOLDER, export_run
 from train.health import TooManySkippedError
-from train.pairs import read_pairs
+from train.pair_table import read_pairs
 from train.plan import make_plan
 from train.processes import (
     Ranks,

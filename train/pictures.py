@@ -45,7 +45,7 @@ def spread_pairs(num_pairs: int, num_wanted: int) -> list[int]:
     return sorted(set(chosen.tolist()))
 
 
-def draw_grid(
+def generate_grid(
     engine: DeepSpeedEngine, codec: Codec, batch: Batch, config: PictureConfig
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Generate the pairs of a batch and lay them out, a row per pair; collective with ZeRO-3."""

@@ -9,7 +9,7 @@ from cfld.describe import Memory, describe
 from train.config import TrainConfig
 from train.engine import deepspeed_settings
 from train.order import accumulation_steps, num_steps
-from train.pairs import read_pairs
+from train.pair_table import read_pairs
 
 _GIB = 2**30
 _SPEEDS = (1, 10, 80)

@@ -22,7 +22,7 @@ def check_frozen(checkpoint: Checkpoint, sha256: str) -> None:
     Raises:
         CheckpointError: If they differ.
     """
-    expected = checkpoint.position.frozen_sha256
+    expected = checkpoint.state.frozen_sha256
     if sha256 != expected:
         raise CheckpointError(
             f"{checkpoint.folder}: was trained on frozen weights with sha256 {expected[:12]}…, "
@@ -64,16 +64,16 @@ def load_state(
     Raises:
         ValueError: If the checkpoint belongs to another order of pairs.
     """
-    position = checkpoint.position
-    loader.load_state_dict(position.loader)
+    state = checkpoint.state
+    loader.load_state_dict(state.loader)
     for kind in KINDS:
         for name in masters.parameters:
             masters.write(name, checkpoint.read(kind, name), kind)
-    masters.num_updates = position.num_updates
+    masters.num_updates = state.num_updates
     scaler = _scaler(engine)
     for field in _SCALER_FIELDS:
-        if field in position.scaler and hasattr(scaler, field):
-            setattr(scaler, field, position.scaler[field])
+        if field in state.scaler and hasattr(scaler, field):
+            setattr(scaler, field, state.scaler[field])
 
 
 def scaler_state(engine: DeepSpeedEngine) -> dict[str, float]:

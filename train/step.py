@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
 from train.batch import Batch
-from train.batches import BatchMaker, seed_layers
+from train.batch_maker import BatchMaker
 from train.config import TrainConfig
 from train.engine import DeepSpeedEngine
 from train.loader import Loader
@@ -124,3 +125,13 @@ class Stepper:
             is_bad = ~rows.isfinite().view(2, -1).all(dim=0).cpu()
             keys += self._loader.pair_keys(batch.draws[is_bad] if has_bad_loss else batch.draws)
         return [pair for of_rank in self._ranks.gather(keys) for pair in of_rank]
+
+
+def seed_layers(seed: int, batch: Batch) -> None:
+    """Seed what layers draw by themselves (stochastic depth in S) by the batch they see.
+
+    A resumed run draws the same again. These draws belong to a micro-batch, not to a pair: with
+    `drop_path` the loss is exactly reproducible only for the same split into micro-batches.
+    """
+    key = np.random.SeedSequence((seed, int(batch.draws[0])))
+    torch.manual_seed(int(key.generate_state(1)[0]))

@@ -13,8 +13,8 @@ import torch
 from cfld.codec import build_codec
 from cfld.images import encode_png
 from train.batch import Batch
-from train.batches import BatchMaker, check_latents
-from train.checkpoint import Checkpoint, Position, find_latest, save_checkpoint, share_out
+from train.batch_maker import BatchMaker, check_latents
+from train.checkpoint import Checkpoint, CheckpointState, find_latest, save_checkpoint, share_out
 from train.config import TrainConfig
 from train.ema import Ema
 from train.engine import deepspeed_settings, start_engine
@@ -23,8 +23,8 @@ from train.loader import Loader, load_pairs
 from train.log import RunLog, StepMetrics, peak_memory_gib
 from train.masters import Masters
 from train.optimizer import build_optimizer, set_learning_rate
-from train.pairs import PairTable, read_pairs
-from train.pictures import draw_grid, spread_pairs
+from train.pair_table import PairTable, read_pairs
+from train.pictures import generate_grid, spread_pairs
 from train.processes import Ranks
 from train.restore import check_frozen, load_state, load_weights, loss_scale, scaler_state
 from train.schedule import learning_rate_factor
@@ -120,7 +120,7 @@ class Trainer:
         self._owned = share_out(self._masters.sizes, self._ranks.num_ranks)[self._ranks.rank]
         self._saved_step = None
         if checkpoint:
-            self.step = self._saved_step = checkpoint.position.step
+            self.step = self._saved_step = checkpoint.state.step
             load_state(checkpoint, self._masters, self._engine, self._loader)
             logger.info("going on after step %d, from %s", self.step, checkpoint.folder)
         self._ema = self._start_ema(checkpoint)
@@ -129,7 +129,7 @@ class Trainer:
         if self.config.ema.decay is None:
             return None
         ema = Ema(self.config.ema, self._masters, self._owned)
-        if checkpoint and checkpoint.position.has_ema:
+        if checkpoint and checkpoint.state.has_ema:
             ema.load(checkpoint)
         return ema
 
@@ -214,7 +214,7 @@ class Trainer:
         """Write a checkpoint, unless this step has one."""
         if self._saved_step == self.step:
             return
-        position = Position(
+        state = CheckpointState(
             step=self.step,
             num_updates=self._masters.num_updates,
             loader=self._loader.state_dict(),
@@ -225,7 +225,7 @@ class Trainer:
         )
         save_checkpoint(
             self.run_folder,
-            position,
+            state,
             self._masters,
             self._ranks,
             self._owned,
@@ -236,7 +236,7 @@ class Trainer:
 
     def _draw(self, log: RunLog | None) -> None:
         assert self._pictured is not None
-        grid = draw_grid(self._engine, self._codec, self._pictured, self.config.pictures)
+        grid = generate_grid(self._engine, self._codec, self._pictured, self.config.pictures)
         if log:
             folder = self.run_folder / "pictures"
             folder.mkdir(exist_ok=True)

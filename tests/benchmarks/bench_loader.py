@@ -30,8 +30,9 @@ from tests.train.conftest import write_shards
 from tests.train.nginx import has_nginx, slow_server
 from train.loader import Loader, LoaderConfig
 from train.order import OrderConfig, PairSet
-from train.pairs import PairTable, SetConfig, read_pairs
-from train.shard_cache import CacheConfig, ShardFiles
+from train.pair_table import PairTable, SetConfig, read_pairs
+from train.shard_cache import CacheConfig
+from train.shard_files import ShardFiles
 
 PHOTO, PERSONS, VIEWS, BATCH, NUM_ROUNDS = (1101, 750), 150, 4, 16, 5
 SMALL_PERSONS, NUM_PHOTOS, NUM_WARM_UP = 500, 60, 6

@@ -25,7 +25,7 @@ from tests.train.nginx import has_nginx, slow_server
 from train.batch import Batch
 from train.loader import Loader, LoaderConfig, load_pairs
 from train.order import OrderConfig, epoch_order
-from train.pairs import SetConfig, read_pairs
+from train.pair_table import SetConfig, read_pairs
 from train.randomness import Stream, uniforms_for
 from train.shard_cache import CacheConfig, ShardError
 
@@ -291,7 +291,7 @@ def test_workers_outlive_sigterm_but_not_the_trainer(shard_set) -> None:
 import os, signal, psutil
 from train.loader import Loader, LoaderConfig
 from train.order import OrderConfig
-from train.pairs import SetConfig, read_pairs
+from train.pair_table import SetConfig, read_pairs
 
 table = read_pairs([SetConfig(url={str(shard_set)!r})])
 config = LoaderConfig(num_workers=2)

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.shard_cache import CacheConfig, Shard, ShardCache, ShardError, ShardFiles
+from train.shard_cache import CacheConfig, Shard, ShardCache, ShardError
+from train.shard_files import ShardFiles
 
 SIZE = 10_000
 

@@ -12,11 +12,12 @@ from cfld.config import PRESETS
 from cfld.pipeline_inputs import read_sources
 from cfld.pose import draw_pose_map
 from tests.train.conftest import write_shards
-from train.batches import BatchMaker, seed_layers
+from train.batch_maker import BatchMaker
 from train.loader import Loader, LoaderConfig
 from train.order import OrderConfig, pairs_of
-from train.pairs import SetConfig, read_pairs
+from train.pair_table import SetConfig, read_pairs
 from train.randomness import Stream, noise_for, uniforms_for
+from train.step import seed_layers
 
 TINY = PRESETS["tiny"]
 VAE = replace(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -107,13 +106,3 @@ def check_latents(loader: Loader, config: CFLDConfig, codec: Codec) -> None:
                 f"weights are not those of model.codec.pretrained, {config.codec.pretrained}; use "
                 f"one VAE for both, or {without}"
             )
-
-
-def seed_layers(seed: int, batch: Batch) -> None:
-    """Seed what layers draw by themselves (stochastic depth in S) by the batch they see.
-
-    A resumed run draws the same again. These draws belong to a micro-batch, not to a pair: with
-    `drop_path` the loss is exactly reproducible only for the same split into micro-batches.
-    """
-    key = np.random.SeedSequence((seed, int(batch.draws[0])))
-    torch.manual_seed(int(key.generate_state(1)[0]))
