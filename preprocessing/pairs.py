@@ -16,6 +16,8 @@ from preprocessing.listing import Reject
 from preprocessing.rejects import rejects_of_columns, rejects_table
 from shards.format import PAIRS_SCHEMA
 
+UNPAIRABLE = "not_pairable"  # why an image of a junk or distractor identity is not valid
+
 
 @dataclass(frozen=True)
 class PairList:
@@ -89,26 +91,30 @@ def find_listed_pairs(
 ) -> tuple[Int[np.ndarray, "pairs 2"], pa.Table]:
     """Look up the rows of `images` that a list names; what cannot be a pair comes as rejects.
 
-    Both images must be stored and show one person, which keeps a pair inside one shard. Pairs with
-    an `unselected` name are passed over: they were not asked for.
+    Both images must be stored and show one person who is neither junk nor a distractor, which keeps
+    a pair inside one shard. Pairs with an `unselected` name are passed over: they were not asked
+    for. `images` needs the columns `name, person, split, invalid_reason`.
     """
     sides = (listed.sources, listed.targets)
     names = images["name"].combine_chunks()
     pairs = np.stack([_find(side, names) for side in sides], axis=-1).astype(np.int32)
-    is_known = (pairs >= 0).all(axis=1)
-    person_ids = number_persons(images)
-    is_one_person = is_known & (np.ptp(person_ids[pairs], axis=1) == 0)
-    is_pair = is_one_person & (pairs[:, 0] != pairs[:, 1])
+    is_junk = pc.fill_null(pc.equal(images["invalid_reason"], UNPAIRABLE), False).to_numpy()
+    faults = {
+        "pair_of_missing_image": (pairs < 0).any(axis=1),
+        "pair_of_unpairable": is_junk[pairs].any(axis=1),
+        "pair_of_two_persons": np.ptp(number_persons(images)[pairs], axis=1) > 0,
+        "pair_of_one_image": pairs[:, 0] == pairs[:, 1],
+    }
+    reasons = np.select(list(faults.values()), list(faults), "")
+    is_pair = reasons == ""
     is_reject = ~is_pair & ~np.any([_find(side, unselected) >= 0 for side in sides], axis=0)
-    reasons = np.where(is_one_person, "pair_of_one_image", "pair_of_two_persons")
-    reasons = np.where(is_known, reasons, "pair_of_missing_image")[is_reject]
     mask = pa.array(is_reject)
     rejects = rejects_of_columns(
         "pairs",
-        pa.array(reasons.tolist(), pa.string()),
+        pa.array(reasons[is_reject].tolist(), pa.string()),
         path,
         detail=pc.binary_join_element_wise(*(side.filter(mask) for side in sides), ","),
-        num_rows=len(reasons),
+        num_rows=int(is_reject.sum()),
     )
     return pairs[is_pair], rejects
 
@@ -118,7 +124,8 @@ def make_pairs(
 ) -> tuple[pa.Table, pa.Table]:
     """Make the pairs and rejects of a sorted index; splits with a published list take that list's.
 
-    `images` needs the columns `name, person, split, is_valid`; `lists` maps a split to a csv.
+    `images` needs the columns `name, person, split, is_valid, invalid_reason`; `lists` maps a split
+    to a csv.
     """
     person_ids, is_valid = number_persons(images), images["is_valid"].to_numpy()
     tables, rejects = [PAIRS_SCHEMA.empty_table()], []

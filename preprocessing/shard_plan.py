@@ -67,11 +67,13 @@ def estimate_bytes(image_size: tuple[int, int]) -> int:
 def group_starts(photos: pa.Table) -> Int[np.ndarray, " groups"]:
     """Return the first row of each group of photos that one shard must hold together.
 
-    `photos` is sorted by split and person. A group is what one person has in one split; photos
-    that never form pairs (junk, distractors: one id for many people) are groups of their own.
+    `photos` is sorted by split and person. A group is what one person has in one split; photos of
+    ids that never form pairs (junk, distractors: one id for many people) are groups of their own.
     """
-    is_start = np.diff(number_persons(photos), prepend=-1) > 0
-    return np.flatnonzero(is_start | ~photos["is_pairable"].to_numpy())
+    person_ids = number_persons(photos)
+    is_start = np.diff(person_ids, prepend=-1) > 0
+    num_pairable = np.bincount(person_ids, weights=photos["is_pairable"].to_numpy(), minlength=1)
+    return np.flatnonzero(is_start | (num_pairable[person_ids] == 0))
 
 
 def sample_groups(photos: pa.Table, limit: int, seed: int) -> pa.Table:

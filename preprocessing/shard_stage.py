@@ -24,6 +24,7 @@ from cfld.images import (
 from cfld.pose import draw_skeleton, is_found
 from preprocessing.drawing_png import encode_drawing
 from preprocessing.listing import Reject
+from preprocessing.pairs import UNPAIRABLE
 from preprocessing.photo_reader import read_ahead
 from preprocessing.rejects import rejects_table
 from preprocessing.shard_writer import ShardWriter, write_record
@@ -164,7 +165,7 @@ def lies_outside(
 def explain_invalid(photo: Mapping[str, Any], frame: tuple[int, int]) -> str | None:
     """Return why a photo whose keypoints refer to a frame may stand in no pair, None if it may."""
     if not photo["is_pairable"]:
-        return "not_pairable"
+        return UNPAIRABLE
     if photo["keypoints"] is None:
         return "no_keypoints"
     keypoints = _keypoints(photo)

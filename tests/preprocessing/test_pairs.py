@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from preprocessing.datasets.deepfashion import raw_path
@@ -109,6 +110,17 @@ def test_a_published_list_wins_and_its_bad_rows_are_noted(images: pa.Table, tmp_
     ]
     assert rejects["path"][0].as_py() == f"{path}:5"
     assert {row["stage"] for row in rejects.to_pylist()} == {"pairs"}
+
+
+def test_a_published_list_cannot_pair_junk(images: pa.Table, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("from,to\na1,a2\nb1,b2\nb2,a1\nc1,c2\n")
+    reasons = pc.if_else(pc.is_in(images["name"], pa.array(["b1", "b2"])), "not_pairable", None)
+    images = images.drop_columns(["invalid_reason"]).append_column("invalid_reason", reasons)
+    pairs, rejects = make_pairs(images, {"train": str(path), "test": str(path)}, NOBODY)
+    assert names_of(pairs, images) == [("a1", "a2"), ("c1", "c2")]
+    of_train = rejects.filter(pc.equal(rejects["reason"], "pair_of_unpairable"))
+    assert of_train["detail"].to_pylist() == ["b1,b2", "b2,a1"]
 
 
 def test_a_list_may_do_without_header(tmp_path: Path) -> None:

@@ -70,6 +70,12 @@ def test_photos_that_form_no_pairs_may_be_spread() -> None:
     assert group_starts(photos).tolist() == list(range(100))
 
 
+def test_a_person_some_of_whose_photos_are_unpairable_stays_whole() -> None:
+    photos = photos_of({"train": [3, 3]}).drop_columns(["is_pairable"])
+    photos = photos.append_column("is_pairable", pa.array([True, False, True, False, True, True]))
+    assert group_starts(photos).tolist() == [0, 3]
+
+
 def test_nothing_gives_no_shard() -> None:
     empty = photos_of({"train": [1]}).slice(0, 0)
     assert list(plan_shards(empty, np.zeros(0), 100)) == []
