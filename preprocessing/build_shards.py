@@ -11,16 +11,27 @@ from dataclasses import replace
 from fsspec.core import url_to_fs
 from ray.exceptions import RayError
 
+from cfld.keypoints import KeypointsError
+from cfld.openpose import PoseNetworkError
 from preprocessing.check import check
 from preprocessing.datasets import DATASETS
 from preprocessing.job import JobResult, run_job
-from preprocessing.job_settings import ORIGINAL, JobSettings, SettingsError
+from preprocessing.job_settings import (
+    ORIGINAL,
+    JobSettings,
+    SettingsError,
+    explain,
+    require_access,
+)
 from preprocessing.latent_actor import LatentError
 from preprocessing.latent_stage import LatentSettings
 from preprocessing.photo_reader import PhotoStoreError
-from preprocessing.store import OutputError, Store
+from preprocessing.store import OutputError
+from shards.format import FormatError
 
 logger = logging.getLogger(__name__)
+
+_BAD_INPUT = (SettingsError, OutputError, FormatError, KeypointsError, PoseNetworkError, OSError)
 
 _EXAMPLE = """\
 example:
@@ -40,18 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--output is needed (or --check)")
         settings = _read_settings(options)
         if options.check:
-            report = check(DATASETS[options.dataset], options.root)
-            sys.stdout.write(report + _describe_latents(settings))
-            return 0
+            return _check(settings)
         result = run_job(settings, num_workers=options.num_workers, ray_address=options.ray_address)
-    except (SettingsError, OutputError, FileNotFoundError) as error:
-        logger.error("%s", error)
+    except _BAD_INPUT as error:
+        logger.error("%s", explain(error))
         return 2
     except (PhotoStoreError, LatentError, RayError) as error:
         logger.error("stopped: %s; what is finished is kept, run the same command again", error)
         return 1
     except KeyboardInterrupt:
-        Store.open(options.output).remove_temporary()
         logger.error("interrupted; what is finished is kept, run the same command to go on")
         return 1
     sys.stdout.write(_summarize(result, settings.output))
@@ -163,6 +171,13 @@ def _files(path: str) -> list[str]:
     return [fs.unstrip_protocol(file) for file in sorted(fs.glob(f"{place}/*.json"))]
 
 
+def _check(settings: JobSettings) -> int:
+    require_access(settings.root)
+    found = check(DATASETS[settings.dataset], settings.root)
+    sys.stdout.write(found.report + _describe_latents(settings))
+    return 0 if found.num_images else 2
+
+
 def _describe_latents(settings: JobSettings) -> str:
     """Say what latents would take; empty if none are asked for."""
     if settings.latents is None:
@@ -185,9 +200,7 @@ def _summarize(result: JobResult, output: str) -> str:
         for split, counts in manifest.counts.items()
     ]
     lines += ["".join(f"{cell:>12}" for cell in row) for row in rows]
-    size_bytes = sum(shard.size_bytes for shard in manifest.shards)
-    size_bytes += sum(table.size_bytes for table in manifest.tables)
-    lines.append(f"{len(manifest.shards):,} shards, {size_bytes / 1e6:,.1f} MB in all")
+    lines.append(f"{len(manifest.shards):,} shards, {manifest.size_bytes / 1e6:,.1f} MB in all")
     if manifest.rejects:
         lines.append("left out of the shards or of all pairs (see rejects.parquet):")
         lines += [f"{count:>12,}  {reason}" for reason, count in manifest.rejects.items()]

@@ -8,8 +8,17 @@ from dataclasses import dataclass, field
 
 import fsspec
 
+from preprocessing.job_settings import explain
 from preprocessing.listing import Annotations, Dataset, Reject
 from preprocessing.pairs import read_pair_list
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """The report of `build_shards --check`, and how many images there are; 0 if none was found."""
+
+    report: str
+    num_images: int
 
 
 @dataclass
@@ -22,8 +31,8 @@ class _Listing:
     examples: dict[str, Reject] = field(default_factory=dict)
 
 
-def check(dataset: Dataset, root: str) -> str:
-    """Return the report of `build_shards --check`. Reads names and csv files, writes nothing.
+def check(dataset: Dataset, root: str) -> Findings:
+    """Look at a dataset. Reads names and csv files, writes nothing.
 
     A piece that is missing is a line of the report, not an error.
     """
@@ -32,12 +41,12 @@ def check(dataset: Dataset, root: str) -> str:
     try:
         listing = _list(dataset, root)
         counts = _count_photos(listing)
-    except (FileNotFoundError, ValueError) as error:
-        problems.append(f"The images were not counted. {error}")
+    except (OSError, ValueError) as error:
+        problems.append(f"The images were not counted. {explain(error)}")
     notes = [_describe_rejects(listing, reason) for reason in sorted(listing.rejects)]
     try:
         annotations = dataset.find_annotations(root)
-    except FileNotFoundError:  # no root: said above
+    except OSError:  # no root, or none that can be read: said above
         annotations = Annotations()
     if dataset.expected and not annotations.keypoints:
         notes.append("published keypoints: none here; the pose network finds them")
@@ -57,7 +66,8 @@ def check(dataset: Dataset, root: str) -> str:
         problems.append(dataset.access)
     table = _table(counts, dataset.expected)
     sections = [[f"Found in {root}:"], table, notes, *([problem] for problem in problems)]
-    return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+    report = "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+    return Findings(report=report, num_images=counts.get("images", 0))
 
 
 def _describe_rejects(listing: _Listing, reason: str) -> str:

@@ -12,10 +12,11 @@ from pathlib import Path
 import pyarrow as pa
 from aiohttp import ClientError
 
+from preprocessing.job_settings import SettingsError, require_access
 from preprocessing.progress import Progress
 from preprocessing.shard_report import ReportOptions, make_report
 from preprocessing.store import OutputError
-from preprocessing.verify import find_missing, verify
+from preprocessing.verify import REPAIR, find_missing, verify
 from shards.format import FormatError, ShardSet, open_shards
 
 logger = logging.getLogger(__name__)
@@ -38,12 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.pairs < 0:
         parser.error(f"--pairs {options.pairs}: give 0 or more")
     try:
-        shards = _open(options.shards)
+        require_access(options.shards)
+        shards = open_shards(options.shards)
         if options.verify and not _is_whole(shards):
             return 1
         if options.out is not None:
             _write_page(shards, options)
-    except (FormatError, OutputError) as error:
+    except (SettingsError, FormatError, OutputError) as error:
         logger.error("%s", error)
         return 2
     except (pa.ArrowException, OSError, ClientError) as error:
@@ -55,28 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _open(url: str) -> ShardSet:
-    try:
-        return open_shards(url)
-    except FormatError:
-        raise
-    except (ValueError, ImportError) as error:  # no such protocol, or its package is missing
-        raise FormatError(f"{url}: {error}") from error
-
-
 def _is_whole(shards: ShardSet) -> bool:
     """Verify the set, and write what was found to standard output."""
     manifest = shards.manifest
     problems = verify(shards, Progress())
-    size_bytes = sum(shard.size_bytes for shard in manifest.shards)
-    size_bytes += sum(table.size_bytes for table in manifest.tables)
     total = f"{len(manifest.shards):,} shards and {len(manifest.tables)} tables"
     if problems:
         num_damaged = len({problem.file for problem in problems})
         sys.stdout.write("".join(f"{problem}\n" for problem in problems))
-        sys.stdout.write(f"{num_damaged:,} of {total} are damaged; build or copy them again\n")
+        sys.stdout.write(f"{num_damaged:,} of {total} are damaged; {REPAIR}\n")
     else:
-        sys.stdout.write(f"{total}, {size_bytes / 1e6:,.1f} MB: every byte is as it was written\n")
+        sys.stdout.write(
+            f"{total}, {manifest.size_bytes / 1e6:,.1f} MB: every byte is as it was written\n"
+        )
     return not problems
 
 
@@ -85,7 +78,7 @@ def _write_page(shards: ShardSet, options: argparse.Namespace) -> None:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise FormatError(
             f"{options.shards}: {len(missing):,} files of the manifest are missing: {shown}; "
-            "copy the whole folder, or build the shards again"
+            f"{REPAIR}"
         )
     title = f"{shards.manifest.dataset}: {options.shards}"
     choice = ReportOptions(num_pairs=options.pairs, split=options.split, seed=options.seed)

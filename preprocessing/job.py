@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
@@ -15,8 +15,6 @@ import pyarrow.compute as pc
 import ray
 from ray.exceptions import RayTaskError
 
-from cfld.keypoints import KeypointsError
-from cfld.openpose import PoseNetworkError
 from cfld.pose_network import PoseEstimator, PoseEstimatorConfig
 from preprocessing.assembly import Ingredients, assemble
 from preprocessing.datasets import DATASETS
@@ -55,7 +53,8 @@ from preprocessing.shard_stage import (
     record_file,
 )
 from preprocessing.store import WORK_FOLDER, Store
-from shards.format import LATENT_SETTINGS, MANIFEST_FILE, FormatError, Manifest
+from preprocessing.verify import REPAIR
+from shards.format import LATENT_SETTINGS, MANIFEST_FILE, Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +81,7 @@ def run_job(
 
     Raises:
         SettingsError: If input or settings cannot be used, or the output was made with others.
+        OSError, FormatError, KeypointsError, PoseNetworkError: Likewise; they say of what file.
         OutputError: If the output cannot be written; what is finished is kept.
         LatentError: If there is an image whose latent cannot be made.
     """
@@ -90,25 +90,21 @@ def run_job(
     for url in (settings.root, settings.output):
         require_access(url)
     store, progress = Store.open(settings.output), Progress()
-    try:
+    publish_latents(store)
+    _require_ours(store)
+    with _tidied(store), ExitStack() as stack:
+        start_ray = cache(lambda: stack.enter_context(ray_session(ray_address, num_workers)))
         settings = with_published_files(settings)
         latents = None
         if settings.latents is not None:
             latents = LatentSettings.of(settings.latents, settings.latent_image_sizes)
-        publish_latents(store)
         manifest = _find_finished(store, settings, latents)
-        with ExitStack() as stack:
-            start_ray = cache(lambda: stack.enter_context(ray_session(ray_address, num_workers)))
-            if manifest is None:
-                manifest = _Job(settings, store, progress, start_ray).run()
-            if latents is not None and LATENT_SETTINGS not in manifest.settings:
-                splits = {s for s in manifest.counts if settings.image_size_of(s) is not None}
-                stage = LatentStage(store, manifest, latents, splits)
-                manifest = _add_latents(stage, progress, start_ray)
-    except (FileNotFoundError, FormatError, KeypointsError, PoseNetworkError) as error:
-        if not any(store.names(folder) for folder in _WORK_FOLDERS):
-            store.remove_work()  # work has not started: other settings may be tried
-        raise SettingsError(str(error)) from error
+        if manifest is None:
+            manifest = _Job(settings, store, progress, start_ray).run()
+        if latents is not None and LATENT_SETTINGS not in manifest.settings:
+            splits = {s for s in manifest.counts if settings.image_size_of(s) is not None}
+            stage = LatentStage(store, manifest, latents, splits)
+            manifest = _add_latents(stage, progress, start_ray)
     if latents is not None or not store.names(LATENTS_FOLDER):
         store.remove_work()  # but for latents that were begun, and are not asked for now
     return JobResult(manifest=manifest, seconds=progress.seconds)
@@ -226,6 +222,36 @@ def _add_latents(stage: LatentStage, progress: Progress, start_ray: Callable[[],
         return stage.finish()
 
 
+@contextmanager
+def _tidied(store: Store) -> Iterator[None]:
+    """Leave no temporary file, and no settings of a job that failed before it had made anything."""
+    store.remove_temporary()
+    try:
+        yield
+    except Exception:
+        with suppress(Exception):  # what made the job fail is what counts
+            names = [name for folder in _WORK_FOLDERS for name in store.names(folder)]
+            if not any(name.endswith(".parquet") for name in names):
+                store.remove_work()
+        raise
+    finally:
+        store.remove_temporary()
+
+
+def _require_ours(store: Store) -> None:
+    """Refuse a folder that no job of this command has left."""
+    if store.exists(MANIFEST_FILE) or store.exists(SETTINGS_FILE):
+        return
+    work = [f"{WORK_FOLDER}/{name}" for name in store.names(WORK_FOLDER)]
+    for name in [*store.names(), *work]:
+        if name.endswith((".tar", ".parquet")) or (name in work and not name.endswith(".tmp")):
+            raise SettingsError(
+                f"{store.url('')}: holds {name}, but neither {MANIFEST_FILE} nor {SETTINGS_FILE}, "
+                "so no unfinished job left it; choose another output folder. If this is a shard "
+                "set that lost its manifest, copy that again, or remove the folder and build again"
+            )
+
+
 def _find_finished(
     store: Store, settings: JobSettings, latents: LatentSettings | None
 ) -> Manifest | None:
@@ -233,21 +259,27 @@ def _find_finished(
     record = settings.record()
     if store.exists(MANIFEST_FILE):
         where = store.url(MANIFEST_FILE)
-        manifest = Manifest.from_json(store.read_bytes(MANIFEST_FILE).decode(), where)
+        manifest = Manifest.from_json(store.read_bytes(MANIFEST_FILE), where)
         if LATENT_SETTINGS in manifest.settings:
             record[LATENT_SETTINGS] = latents and asdict(latents)
         _require_same(record, manifest.settings, where)
+        _require_whole(store, manifest)
         return manifest
     if store.exists(SETTINGS_FILE):
         found = json.loads(store.read_bytes(SETTINGS_FILE))
         _require_same(record, found, store.url(SETTINGS_FILE))
-        return None
-    if foreign := [name for name in store.names() if name.endswith((".tar", ".parquet"))]:
-        raise SettingsError(
-            f"{store.url('')}: holds {foreign[0]}, which an unfinished job did not leave; choose "
-            "another output folder"
-        )
     return None
+
+
+def _require_whole(store: Store, manifest: Manifest) -> None:
+    """Compare names and sizes; what the files hold is for `inspect_shards --verify` to say."""
+    sizes = store.sizes()
+    damaged = [f.name for f in manifest.files if sizes.get(f.name) != f.size_bytes]
+    if damaged:
+        raise SettingsError(
+            f"{store.url(MANIFEST_FILE)}: {len(damaged):,} of its files are missing or have "
+            f"another size, the first is {damaged[0]}; {REPAIR}"
+        )
 
 
 def _require_same(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:

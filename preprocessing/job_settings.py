@@ -108,6 +108,16 @@ def require_access(url: str) -> None:
         ) from error
 
 
+def explain(error: Exception) -> str:
+    """Return what an error says; of one of the operating system the file, and what to look at."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return (
+            f"{error.filename}: {error.strerror}; check the path, and that this user may read it "
+            "(in the output: write)"
+        )
+    return str(error)
+
+
 def with_published_files(settings: JobSettings) -> JobSettings:
     """Fill in the published keypoints and pairs that lie in the root, unless others were asked for.
 

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import pyarrow as pa
@@ -64,6 +65,12 @@ class Store:
             return []
         return sorted(posixpath.basename(path.rstrip("/")) for path in paths)
 
+    def sizes(self) -> dict[str, int]:
+        """Return the size in bytes of each file that lies directly in the store."""
+        self.fs.invalidate_cache()
+        found = self.fs.ls(self.root, detail=True)
+        return {posixpath.basename(i["name"]): i["size"] for i in found if i["type"] == "file"}
+
     def read_bytes(self, name: str) -> bytes:
         """Read a whole file."""
         data: bytes = self.fs.cat_file(self.path(name))
@@ -93,7 +100,7 @@ class Store:
         Raises:
             OutputError: If the disk is full, or the place cannot be written to.
         """
-        temporary = self._temporary_folder() / f"{uuid.uuid4().hex}.tmp"
+        temporary = self._make_temporary_folder() / f"{uuid.uuid4().hex}.tmp"
         try:
             yield temporary
             self._publish(temporary, name)
@@ -128,10 +135,11 @@ class Store:
             self.fs.rm_file(self.path(name))
 
     def remove_temporary(self) -> None:
-        """Remove what killed processes left; not while others still write here."""
-        if self.is_local:
-            for path in Path(self.path(WORK_FOLDER)).glob("*.tmp"):
-                path.unlink(missing_ok=True)
+        """Remove what killed processes of this machine left; not while others still write here."""
+        for path in self._temporary_folder.glob("*.tmp"):
+            path.unlink(missing_ok=True)
+        if not self.is_local:
+            shutil.rmtree(self._temporary_folder, ignore_errors=True)
 
     def remove_work(self) -> None:
         """Remove the work folder with all that it holds."""
@@ -140,10 +148,15 @@ class Store:
         elif self.exists(WORK_FOLDER):
             self.fs.rm(self.path(WORK_FOLDER), recursive=True)
 
+    @property
     def _temporary_folder(self) -> Path:
-        if not self.is_local:
-            return Path(tempfile.gettempdir())
-        folder = Path(self.path(WORK_FOLDER))  # the same disk, so that renaming is atomic
+        if self.is_local:
+            return Path(self.path(WORK_FOLDER))  # the same disk, so that renaming is atomic
+        name = sha256(self.url("").encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"cfld-{name}"
+
+    def _make_temporary_folder(self) -> Path:
+        folder = self._temporary_folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

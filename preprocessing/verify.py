@@ -32,6 +32,7 @@ from shards.format import (
 )
 
 MAX_PROBLEMS_PER_FILE = 10
+REPAIR = "copy them again, or remove the folder and build the shards again"
 
 _LATENT_AXES = 3
 _BLOCK = tarfile.BLOCKSIZE

@@ -154,6 +154,16 @@ class Manifest:
     shards: tuple[ShardFile, ...]
     tables: tuple[TableFile, ...]
 
+    @property
+    def files(self) -> tuple[ShardFile | TableFile, ...]:
+        """All files of the set but the manifest itself."""
+        return (*self.shards, *self.tables)
+
+    @property
+    def size_bytes(self) -> int:
+        """What these files take together."""
+        return sum(file.size_bytes for file in self.files)
+
     def to_json(self) -> str:
         """Return the text of the manifest's file."""
         header = {"format": FORMAT_NAME, "version": FORMAT_VERSION}

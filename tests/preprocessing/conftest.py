@@ -1,6 +1,9 @@
 """What the tests of the job share: one Ray session, and one small set of drawn persons."""
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,32 @@ from preprocessing.ray_session import ray_session
 from shards.format import ShardSet, open_shards
 
 Build = Callable[..., ShardSet]
+
+
+@pytest.fixture
+def nobodys() -> Iterator[Path]:
+    """A folder that everybody may write to, where pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)
+
+
+@pytest.fixture
+def as_nobody() -> Callable[[], AbstractContextManager[None]]:
+    """Take away root's right to read everything, if we have it."""
+
+    @contextmanager
+    def as_nobody() -> Iterator[None]:
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            if is_root:
+                os.seteuid(0)
+
+    return as_nobody
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ def test_a_wrong_root_is_an_error(dataset: Dataset, tmp_path: Path) -> None:
 
 
 def test_it_can_be_checked(dataset: Dataset, root: Path) -> None:
-    assert "train images" in check(dataset, str(root))
+    assert "train images" in check(dataset, str(root)).report
 
 
 def test_it_is_about_thirty_lines() -> None:

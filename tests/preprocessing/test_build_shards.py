@@ -4,13 +4,15 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from cfld import pose
 from cfld.images import decode_image, resize_image
 from cfld.keypoint_writers import write_openpose_json, write_patn_csv
 from preprocessing.build_shards import main
-from preprocessing.listing import Photo
+from preprocessing.datasets import DATASETS
+from preprocessing.listing import Dataset, Photo
 from preprocessing.listing_stage import list_dataset, select_photos
 from preprocessing.shard_stage import scale_keypoints
 from shards.format import NUM_JOINTS, POSE_SIZE, SAMPLE_FIELDS, ShardSet, keypoints_array
@@ -34,6 +37,9 @@ STANDING = np.array(
      [76, 130], [75, 180], [74, 230], [100, 130], [101, 180], [102, 230],
      [84, 36], [92, 36], [80, 38], [96, 38]]
 )  # fmt: skip
+
+
+AsNobody = Callable[[], AbstractContextManager[None]]
 
 
 def keypoints_of(points: np.ndarray, *missing: int) -> np.ndarray:
@@ -416,7 +422,7 @@ def test_settings_may_be_corrected_before_work_starts(
     assert "Traceback" not in caplog.text
     keypoints = tmp_path / "keypoints.csv"
     write_patn_csv(keypoints, [("0000000/00.png", keypoints_of(STANDING))])
-    options = ["--keypoints", keypoints, "--image-size", 32, 24]
+    options = ["--keypoints", keypoints, "--keypoints-frame", 256, 176, "--image-size", 32, 24]
     shards = build("folder", drawn_root / "train", tmp_path, *options)
     assert shards.manifest.rejects == {"no_keypoints": 17, "single_image": 1}
 
@@ -452,7 +458,92 @@ def test_an_output_of_something_else_is_refused(
     (tmp_path / "train-000007.tar").write_bytes(b"somebody's")
     words = ["--dataset", "synthetic", "--root", str(drawn_root), "--output", str(tmp_path)]
     assert main(words) == 2
-    assert "holds train-000007.tar, which an unfinished job did not leave" in caplog.text
+    assert (
+        "holds train-000007.tar, but neither manifest.json nor _work/settings.json" in caplog.text
+    )
+    (tmp_path / "train-000007.tar").unlink()
+    (tmp_path / "_work").mkdir()
+    (tmp_path / "_work" / "novel.txt").write_text("somebody's")
+    assert main(words) == 2
+    assert "holds _work/novel.txt, but neither" in caplog.text
+    assert (tmp_path / "_work" / "novel.txt").exists()
+
+
+def test_a_damaged_set_is_not_complete(
+    drawn_root: Path, drawn_shards: ShardSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["--dataset", "synthetic", "--root", str(drawn_root), "--output", str(tmp_path / "o")]
+    words += ["--shard-size", "0.05"]
+    shutil.copytree(drawn_shards.root, tmp_path / "o")
+    (tmp_path / "o" / "train-000001.tar").unlink()
+    (tmp_path / "o" / "index.parquet").write_bytes(b"short")
+    assert main(words) == 2
+    assert "2 of its files are missing or have another size, the first is train-" in caplog.text
+    assert "copy them again, or remove the folder and build the shards again" in caplog.text
+    (tmp_path / "o" / "manifest.json").write_bytes(b"\xff\xfe\x00")
+    assert main(words) == 2
+    assert "manifest.json: not JSON" in caplog.text
+    (tmp_path / "o" / "manifest.json").unlink()
+    assert main(words) == 2
+    assert "set that lost its manifest, copy that again, or remove the folder" in caplog.text
+    (tmp_path / "o" / "manifest.json").mkdir()
+    assert main(words) == 2
+    assert "manifest.json: Is a directory" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("dataset", ["deepfashion", "folder", "market1501", "table"])
+def test_a_root_without_permission_is_told(
+    dataset: str, nobodys: Path, as_nobody: AsNobody, capsys: Any, caplog: Any
+) -> None:
+    root = nobodys / "closed"
+    root.mkdir(mode=0)
+    words = ["--dataset", dataset, "--root", str(root), "--output", str(nobodys / "o")]
+    with as_nobody():
+        assert main(words) == 2
+        assert f"{root}: Permission denied; check" in caplog.text
+        assert main([*words, "--check"]) == 2
+    assert f"{root}: Permission denied; check" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("closed", ["keypoints.csv", "o/manifest.json", "o"])
+def test_files_without_permission_are_told(
+    closed: str, nobodys: Path, as_nobody: AsNobody, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_photo(nobodys / "photos" / "anna" / "1.jpg", 0)
+    for name in ("keypoints.csv", "o/manifest.json"):
+        (nobodys / name).parent.mkdir(exist_ok=True)
+        (nobodys / name).touch()
+    (nobodys / closed).chmod(0)
+    words = ["--dataset", "folder", "--root", str(nobodys / "photos")]
+    words += ["--output", str(nobodys / "o"), "--keypoints", str(nobodys / "keypoints.csv")]
+    with as_nobody():
+        assert main(words) == 2
+    assert f"{nobodys / closed}" in caplog.messages[-1]
+    assert "Permission denied; check the path, and that this user may" in caplog.messages[-1]
+
+
+def test_a_root_that_cannot_be_asked_is_told_by_check(caplog: pytest.LogCaptureFixture) -> None:
+    assert main(["--dataset", "folder", "--root", "nowhere://photos", "--check"]) == 2
+    assert "nowhere://photos: cannot be reached (ValueError: Protocol" in caplog.text
+
+
+def test_an_interrupted_check_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def interrupt(_: str) -> Iterator[Photo]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(DATASETS, "street", Dataset(list_photos=interrupt))
+    assert main(["--dataset", "street", "--root", str(tmp_path), "--check"]) == 1
+    assert "interrupted" in caplog.text
+
+
+def test_a_check_that_counts_nothing_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--dataset", "market1501", "--root", str(tmp_path), "--check"]) == 2
+    assert "neither bounding_box_train nor bounding_box_test is here" in capsys.readouterr().out
 
 
 def test_check_writes_nothing(
@@ -561,3 +652,4 @@ def test_a_cluster_that_does_not_answer_is_told(drawn_root: Path, tmp_path: Path
     assert result.returncode == 2
     assert f"no Ray cluster answers at {address}" in result.stderr
     assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out" / "_work").exists()  # nothing keeps one from other settings

@@ -44,7 +44,7 @@ def small() -> Dataset:
 
 
 def test_counts_stand_beside_the_published_ones(small: Dataset) -> None:
-    report = check(small, "/data")
+    report = check(small, "/data").report
     assert value(report, "images") == ["6", "6", "complete"]
     assert value(report, "train persons") == ["2", "3", "1 missing"]
     assert value(report, "train persons with a single image") == ["1", "0", "1 more"]
@@ -54,17 +54,17 @@ def test_counts_stand_beside_the_published_ones(small: Dataset) -> None:
 
 
 def test_rejects_are_counted_by_reason_with_an_example(small: Dataset) -> None:
-    assert "left out as malformed_name: 2, the first is x.jpg odd\n" in check(small, "/data")
+    assert "left out as malformed_name: 2, the first is x.jpg odd\n" in check(small, "/data").report
 
 
 def test_the_report_says_where_to_get_the_data(small: Dataset) -> None:
-    assert check(small, "/data").endswith("\n\nAsk nicely.\n")
+    assert check(small, "/data").report.endswith("\n\nAsk nicely.\n")
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_wrong_root_is_a_report(name: str, tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path / "nowhere"):
-        report = check(DATASETS[name], str(root))
+        report = check(DATASETS[name], str(root)).report
         assert f"{root}: " in report
         assert DATASETS[name].access in report
 
@@ -73,7 +73,7 @@ def test_partial_deepfashion_says_what_is_there_and_what_is_missing(tmp_path: Pa
     image = tmp_path / "img_highres" / "MEN" / "Denim" / "id_00000080" / "01_1_front.jpg"
     image.parent.mkdir(parents=True)
     image.touch()
-    report = check(DATASETS["deepfashion"], str(tmp_path))
+    report = check(DATASETS["deepfashion"], str(tmp_path)).report
     assert (
         f"found 1 files in {tmp_path}/img_highres; missing: train.lst (or .lst.gz); test.lst"
         in (report)
@@ -90,7 +90,7 @@ def test_partial_deepfashion_says_what_is_there_and_what_is_missing(tmp_path: Pa
         f"name:keypoints_y:keypoints_x\n{name}: [1]: [1]\n"
     )
     before = files(tmp_path)
-    report = check(DATASETS["deepfashion"], str(tmp_path))
+    report = check(DATASETS["deepfashion"], str(tmp_path)).report
     assert value(report, "train images") == ["1", "48,674", "48,673 missing"]
     assert value(report, "train published pairs") == ["2", "101,966", "101,964 missing"]
     assert value(report, "test published pairs") == ["-", "8,570", "missing"]
@@ -106,7 +106,7 @@ def test_partial_market_is_compared_with_its_published_counts(tmp_path: Path) ->
     folder.mkdir()
     for name in ("0002_c1s1_000451_03.jpg", "0002_c2s1_000301_01.jpg"):
         (folder / name).touch()
-    report = check(DATASETS["market1501"], str(tmp_path))
+    report = check(DATASETS["market1501"], str(tmp_path)).report
     assert value(report, "train images") == ["2", "12,936", "12,934 missing"]
     assert value(report, "train published pairs") == ["-", "263,632", "missing"]
     assert value(report, "test images") == ["-", "19,732", "missing"]
@@ -118,7 +118,7 @@ def test_a_folder_of_persons_has_no_published_counts(tmp_path: Path) -> None:
     for name in ("bob/1.jpg", "bob/2.jpg", "bob/readme.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    report = check(DATASETS["folder"], str(tmp_path))
+    report = check(DATASETS["folder"], str(tmp_path)).report
     assert value(report, "train pairs before the keypoint filter") == ["2"]
     assert "published" not in report
     assert "left out as not_an_image: 1" in report
@@ -132,7 +132,7 @@ def test_all_deepfashion_names_give_the_published_counts(tmp_path: Path, shared_
         folder.mkdir()
         for name in gzip.decompress(lines).decode().split():
             (folder / name).touch()
-    report = check(deepfashion.DATASET, str(tmp_path))
+    report = check(deepfashion.DATASET, str(tmp_path)).report
     counts = [name for name in deepfashion.DATASET.expected if "published" not in name]
     assert len(counts) == 9
     assert all(value(report, name)[2] == "complete" for name in counts)

@@ -258,7 +258,8 @@ def test_flipped_byte_in_a_member(
     assert first.startswith(f"{row['shard']}: its sha256 is ")
     assert second.startswith(f"{row['shard']}: sample {row['key']}: {what.format(**row)}")
     assert summary == (
-        f"1 of {num_shards(copied)} shards and 3 tables are damaged; build or copy them again"
+        f"1 of {num_shards(copied)} shards and 3 tables are damaged; copy them again, or remove "
+        "the folder and build the shards again"
     )
 
 

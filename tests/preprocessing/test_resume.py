@@ -136,9 +136,28 @@ def test_interrupted_it_says_how_to_go_on(
     assert files_of(output) == unbroken
 
 
+@pytest.mark.parametrize("url", ["{folder}/out", "memory://out"])
+def test_what_killed_processes_left_is_removed(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    store = Store.open(url.format(folder=tmp_path))
+    with store.new_file("a.tar") as path:
+        path.write_bytes(b"whole")
+        path.with_name("killed.tmp").touch()
+    assert list(tmp_path.rglob("*.tmp"))
+    store.remove_temporary()
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.glob("cfld-*"))
+    assert store.sizes() == {"a.tar": 5}
+
+
 def test_settings_of_an_unfinished_job_are_kept_to(
     drawn_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    (tmp_path / "_work/shards").mkdir(parents=True)
+    (tmp_path / "_work/shards/train-000000.tar.parquet").touch()
+    (tmp_path / "_work/killed.tmp").touch()
     settings = JobSettings(
         dataset="synthetic", root=str(drawn_root), output=str(tmp_path), limit=3, pairs={}
     )
@@ -146,6 +165,8 @@ def test_settings_of_an_unfinished_job_are_kept_to(
     words = ["--dataset", "synthetic", "--root", str(drawn_root), "--output", str(tmp_path)]
     assert main([*words, "--limit", "4"]) == 2
     assert "settings.json: made with limit = 3, now it is 4" in caplog.text
+    assert (tmp_path / SETTINGS_FILE).exists()
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def photos_of(root: Path) -> pa.Table:
