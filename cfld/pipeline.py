@@ -41,6 +41,7 @@ from cfld.pipeline_inputs import (
     read_poses,
     read_sources,
 )
+from cfld.schedulers import compatible_schedulers as compatible_schedulers
 from cfld.unet import LayerAttention, check_complete, install_processors, set_trained
 
 Latents = Float[Tensor, "batch channels height width"]
@@ -371,16 +372,6 @@ class CFLDPipeline(DiffusionPipeline):
                 tensors = {name: known[name] for name in callback_inputs}
                 latents = callback(self, index, timestep, tensors).pop("latents", latents)
         return latents
-
-
-def compatible_schedulers(scheduler: SchedulerMixin) -> dict[str, type[SchedulerMixin]]:
-    """Schedulers of diffusers that can take the place of this one, by short name such as `ddim`."""
-    classes = {type(scheduler), *scheduler.compatibles}
-    return {
-        scheduler_class.__name__.removesuffix("Scheduler").lower(): scheduler_class
-        for scheduler_class in sorted(classes, key=lambda each: each.__name__)
-        if issubclass(scheduler_class, SchedulerMixin)  # others stand for missing dependencies
-    }
 
 
 @apply_forward_hook

@@ -15,8 +15,9 @@ from cfld.editing import (
     read_references,
     slerp,
 )
-from cfld.pipeline import CFLDPipeline, compatible_schedulers
+from cfld.pipeline import CFLDPipeline
 from cfld.pipeline_inputs import FramedPose, read_sources
+from cfld.schedulers import compatible_schedulers
 from preprocessing.figures import draw_figure
 
 STYLE, OTHER = (draw_figure(person, 0, size=(48, 32), seed=0) for person in (0, 1))

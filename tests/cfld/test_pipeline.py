@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from cfld.codec import build_codec
 from cfld.images import resize_image
 from cfld.objective import TrainingBatch, draw_rows
-from cfld.pipeline import CFLDPipeline, compatible_schedulers
+from cfld.pipeline import CFLDPipeline
 from cfld.pipeline_inputs import FramedPose, draw_poses, read_poses, read_sources
 from cfld.pose import draw_skeleton
+from cfld.schedulers import compatible_schedulers
 from cfld.unet import is_up_cross_attention
 from preprocessing.figures import draw_figure
 
@@ -344,7 +345,9 @@ def test_inputs_are_left_alone(pixels):
     assert dict(pixels.scheduler.config) == before
 
 
-@pytest.mark.parametrize("name", ["ddim", "eulerdiscrete", "dpmsolvermultistep", "unipcmultistep"])
+@pytest.mark.parametrize(
+    "name", ["ddim", "eulerdiscrete", "dpmsolvermultistep", "lcm", "unipcmultistep"]
+)
 def test_schedulers_by_name(pixels, name):
     scheduler = compatible_schedulers(pixels.scheduler)[name].from_config(pixels.scheduler.config)
     swapped = CFLDPipeline(**pixels.components | {"scheduler": scheduler})
