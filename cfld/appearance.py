@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cfld.attention import AttentionProcessor, run
+from cfld.checks import check_choice, check_multiples, check_sizes
 
 BIASED = ("queries", "context", "nothing")
 
@@ -27,13 +28,9 @@ class AppearanceConfig:
     """What is biased: `queries` (Eq. 4), `context` (keys and values, Table 3 B1) or `nothing`."""
 
     def __post_init__(self) -> None:
-        if self.biases not in BIASED:
-            raise ValueError(f"appearance.biases is {self.biases!r}; choose one of {BIASED}")
-        if any(width % self.head_dim for width in self.widths):
-            raise ValueError(
-                f"appearance.widths {tuple(self.widths)} do not divide into heads of "
-                f"{self.head_dim}"
-            )
+        check_choice("appearance.biases", self.biases, BIASED)
+        check_sizes("appearance", self, "depth", "widths", "head_dim")
+        check_multiples("appearance.widths", self.widths, "appearance.head_dim", self.head_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +87,6 @@ class AppearanceEncoder(nn.Module):
         self, config: AppearanceConfig, shapes: Sequence[BranchShape], *, attention: str
     ) -> None:
         super().__init__()
-        self.recompute = False
         self.recompute = False
         self.levels = tuple(shape.level for shape in shapes)
         self.branches = nn.ModuleList(

@@ -11,6 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
+from cfld.checks import check_choice, check_multiples, check_sizes
 from cfld.unet import STABLE_DIFFUSION, check_complete
 
 Images = Float[Tensor, "batch 3 height width"]
@@ -35,8 +36,9 @@ class CodecConfig:
     """Hub name or folder of the VAE, or of the pipeline (`vae/`) it comes from; random without."""
 
     def __post_init__(self) -> None:
-        if self.kind not in CODECS:
-            raise ValueError(f"codec.kind is {self.kind!r}; choose one of {list(CODECS)}")
+        check_choice("codec.kind", self.kind, CODECS)
+        check_sizes("codec", self, "factor", "channels", "layers_per_block", "num_groups")
+        check_multiples("codec.channels", self.channels, "codec.num_groups", self.num_groups)
         if self.kind == "vae" and self.factor != 2 ** (len(self.channels) - 1):
             raise ValueError(
                 f"codec.factor {self.factor} does not fit {len(self.channels)} levels of channels; "

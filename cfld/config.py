@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from cfld.appearance import AppearanceConfig, BranchShape
 from cfld.attention import ATTENTION
+from cfld.checks import check_choice, check_multiples
 from cfld.codec import CodecConfig
 from cfld.objective import DiffusionConfig
 from cfld.pose_adapter import PoseAdapterConfig
@@ -31,8 +32,7 @@ class CFLDConfig:
     """Parts that recompute their activations in the backward."""
 
     def __post_init__(self) -> None:
-        if self.attention not in ATTENTION:
-            raise ValueError(f"attention is {self.attention!r}; choose one of {list(ATTENTION)}")
+        check_choice("attention", self.attention, ATTENTION)
         unknown = set(self.gradient_checkpointing) - set(PARTS)
         if unknown:
             raise ValueError(f"gradient_checkpointing has {sorted(unknown)}; choose among {PARTS}")
@@ -43,6 +43,12 @@ class CFLDConfig:
                 f"stages in source_encoder (has {stages}) and widths in appearance "
                 f"(has {len(self.appearance.widths)})"
             )
+        check_multiples(
+            "unet.channels",
+            self.unet.channels,
+            "pose_adapter.num_groups",
+            self.pose_adapter.num_groups,
+        )
         if any(size % 2**self.num_levels for size in self.latent_size):
             raise ValueError(
                 f"latents of {self.latent_size} do not fit {self.num_levels} halvings in the UNet; "

@@ -9,8 +9,11 @@ from diffusers import DDPMScheduler
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
+from cfld.checks import check_choice, check_sizes
 from cfld.conditioning import Kept
 
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 CONDITIONS = ("prompt", "pose", "appearance")
 
 Rows = Float[Tensor, " rows"]
@@ -37,9 +40,14 @@ class DiffusionConfig:
     """Which conditions it loses; the authors' released code drops the prompt alone."""
 
     def __post_init__(self) -> None:
-        if self.timesteps not in TIMESTEPS:
+        check_sizes("diffusion", self, "num_steps")
+        check_choice("diffusion.timesteps", self.timesteps, TIMESTEPS)
+        check_choice("diffusion.beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        check_choice("diffusion.prediction_type", self.prediction_type, PREDICTION_TYPES)
+        if self.zero_terminal_snr and self.prediction_type == "epsilon":
             raise ValueError(
-                f"diffusion.timesteps is {self.timesteps!r}; choose one of {list(TIMESTEPS)}"
+                "diffusion.zero_terminal_snr leaves no image at the last timestep, where epsilon "
+                "tells nothing of it; set diffusion.prediction_type to sample or v_prediction"
             )
         if set(self.dropped) - set(CONDITIONS):
             raise ValueError(
@@ -162,15 +170,21 @@ def noised(
 def regression_targets(
     scheduler: DDPMScheduler, latents: Latents, noise: Latents, timesteps: Int[Tensor, " rows"]
 ) -> Latents:
-    """What the UNet should predict, by the schedule's prediction type, in float32."""
+    """What the UNet should predict, by the schedule's prediction type, in float32.
+
+    Raises:
+        ValueError: If there is no such type.
+    """
     latents, noise = latents.to(torch.float32), noise.to(torch.float32)
     match scheduler.config.prediction_type:
+        case "epsilon":
+            return noise
         case "sample":
             return latents
         case "v_prediction":
             return scheduler.get_velocity(latents, noise, timesteps)
-        case _:
-            return noise
+        case other:
+            raise ValueError(f"prediction_type is {other!r}; there are {PREDICTION_TYPES}")
 
 
 def squared_errors(predicted: Latents, targets: Latents) -> Losses:

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
+from cfld.checks import check_choice, check_counts, check_scales
 from cfld.codec import Codec, VaeCodec
 from cfld.components import Conditioner, PixelAutoencoder
 from cfld.conditioning import Conditioning
@@ -33,9 +34,7 @@ from cfld.pipeline_inputs import (
     Estimator,
     Picture,
     Size,
-    check_counts,
     check_noise,
-    check_scales,
     draw_poses,
     read_pictures,
     read_poses,
@@ -213,8 +212,7 @@ class CFLDPipeline(DiffusionPipeline):
             pose_guidance_scale=pose_guidance_scale,
             appearance_guidance_scale=appearance_guidance_scale,
         )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type is {output_type!r}; choose one of {OUTPUT_TYPES}")
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         names = callback_on_step_end_tensor_inputs

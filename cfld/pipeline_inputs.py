@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -62,28 +60,6 @@ class FramedPose:
                 f"{points.max(axis=0).round().tolist()} do not lie in a frame of height, width "
                 f"{tuple(self.frame)}; give pose_frame, the size of the picture they belong to"
             )
-
-
-def check_counts(**counts: object) -> None:
-    """Refuse arguments that are no whole numbers from 1 on.
-
-    Raises:
-        ValueError: Naming the first such argument.
-    """
-    for name, count in counts.items():
-        if not isinstance(count, Integral) or count < 1:
-            raise ValueError(f"{name} is {count!r}; give a whole number, at least 1")
-
-
-def check_scales(**scales: object) -> None:
-    """Refuse arguments that are no finite numbers.
-
-    Raises:
-        ValueError: Naming the first such argument.
-    """
-    for name, scale in scales.items():
-        if not isinstance(scale, Real) or not math.isfinite(scale):
-            raise ValueError(f"{name} is {scale!r}; give a finite number")
 
 
 def check_noise(generator: object, latents: object, shape: tuple[int, ...]) -> None:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cfld.attention import run
+from cfld.checks import check_sizes
 from cfld.pose import POSE_MAP_CHANNELS
 
 
@@ -19,6 +20,9 @@ class PoseAdapterConfig:
     """Pixels of the pose map along one side of a token of the UNet's first level."""
     num_groups: int = 32
     """Groups of its group normalisation."""
+
+    def __post_init__(self) -> None:
+        check_sizes("pose_adapter", self, "patch_size", "num_groups")
 
 
 class PoseAdapter(nn.Module):

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cfld.attention import AttentionProcessor, run
+from cfld.checks import check_choice, check_multiples, check_sizes
 from cfld.prompt_ablations import ClipPrompt, EmptyPrompt, FeaturePrompt
 
 Prompt = Float[Tensor, "batch tokens dim"]
@@ -33,12 +34,9 @@ class PromptDecoderConfig:
     num_heads: int = 24
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"prompt_decoder.kind is {self.kind!r}; choose one of {KINDS}")
-        if self.dim % self.num_heads:
-            raise ValueError(
-                f"prompt_decoder.dim {self.dim} does not divide into {self.num_heads} heads"
-            )
+        check_choice("prompt_decoder.kind", self.kind, KINDS)
+        check_sizes("prompt_decoder", self, "num_queries", "depth", "dim", "num_heads")
+        check_multiples("prompt_decoder.dim", self.dim, "prompt_decoder.num_heads", self.num_heads)
 
     def num_tokens(self, num_feature_tokens: int) -> int:
         """Length of the prompt."""

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
+from cfld.checks import check_multiples, check_sizes
+
 BIAS_TABLE = "relative_position_bias_table"
 
 
@@ -34,11 +36,18 @@ class SourceEncoderConfig:
     """A file with these weights instead of timm's download, in timm's or Microsoft's layout."""
 
     def __post_init__(self) -> None:
+        names = ("image_size", "patch_size", "width", "depths", "num_heads", "window_size")
+        check_sizes("source_encoder", self, *names)
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"source_encoder.drop_path is {self.drop_path}; it must lie in [0, 1)")
         if len(self.depths) != len(self.num_heads):
             raise ValueError(
                 f"source_encoder: {len(self.depths)} depths but {len(self.num_heads)} num_heads; "
                 "give one of each per stage"
             )
+        check_multiples(
+            "source_encoder's channels", self.channels, "source_encoder.num_heads", self.num_heads
+        )
         if any(size % self.reduction for size in self.image_size):
             raise ValueError(
                 f"source_encoder.image_size {tuple(self.image_size)} does not fit: height and "

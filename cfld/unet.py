@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cfld.attention import ATTENTION, KeysValues, LayersKeysValues, mix_values, project_keys_values
+from cfld.checks import check_multiples, check_sizes
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PROJECTIONS = ("to_q", "to_k", "to_v")
@@ -32,6 +33,14 @@ class UNetConfig:
     """False trains every weight."""
 
     def __post_init__(self) -> None:
+        check_sizes("unet", self, "channels", "layers_per_block", "num_heads", "num_groups")
+        if len(self.channels) < 2:
+            raise ValueError(
+                f"unet.channels is {self.channels}; give at least two levels, since the last has "
+                "no attention"
+            )
+        for name in ("num_heads", "num_groups"):
+            check_multiples("unet.channels", self.channels, f"unet.{name}", getattr(self, name))
         unknown = set(self.trained) - set(PROJECTIONS)
         if unknown:
             raise ValueError(f"unet.trained has {sorted(unknown)}; choose among {PROJECTIONS}")

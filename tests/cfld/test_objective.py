@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from cfld.conditioning import Conditioning, drop_conditions
 from cfld.objective import (
@@ -43,7 +44,8 @@ def test_noise_schedule_is_stable_diffusions():
     found = alphas[[0, 1, 100, 250, 500, 750, 999]]
     expected = [0.99915, 0.998296, 0.894223, 0.673792, 0.276332, 0.05617, 0.00466]
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=1e-5)
-    last = build_scheduler(replace(PAPER, zero_terminal_snr=True)).alphas_cumprod[-1]
+    zero = replace(PAPER, zero_terminal_snr=True, prediction_type="sample")
+    last = build_scheduler(zero).alphas_cumprod[-1]
     assert last < 1e-6
 
 
@@ -71,6 +73,13 @@ def test_targets_recover_the_latents(prediction_type):
         "v_prediction": alpha.sqrt() * noisy - (1 - alpha).sqrt() * target,
     }[prediction_type]
     torch.testing.assert_close(recovered, latents, atol=1e-5, rtol=1e-4)
+
+
+def test_an_unknown_prediction_type_has_no_target():
+    scheduler = DDPMScheduler(prediction_type="flow")
+    latents = torch.zeros(1, 4, 2, 2)
+    with pytest.raises(ValueError, match="prediction_type is 'flow'; there are"):
+        regression_targets(scheduler, latents, latents, torch.tensor([1]))
 
 
 def test_losses_are_means_over_rows():
@@ -145,6 +154,10 @@ def test_loss_of_each_row_is_that_of_the_row_alone(stirred, batch):
     [
         ({"timesteps": "linear"}, "timesteps is 'linear'; choose one of"),
         ({"dropped": ("prompt", "text")}, "dropped is .*; choose among"),
+        ({"prediction_type": "eps"}, "prediction_type is 'eps'; choose one of"),
+        ({"beta_schedule": "cosine"}, "beta_schedule is 'cosine'; choose one of"),
+        ({"num_steps": 0}, r"diffusion\.num_steps is 0; give a whole number"),
+        ({"zero_terminal_snr": True}, "set diffusion.prediction_type to sample or v_prediction"),
         ({"dropout": 20.0}, r"dropout is 20.0; it must lie in \[0, 1\]"),
     ],
 )

@@ -4,12 +4,11 @@ import torch
 from PIL import Image
 from torch import Generator
 
+from cfld.checks import check_counts, check_scales
 from cfld.pipeline_inputs import (
     FramedPose,
     NoPersonError,
-    check_counts,
     check_noise,
-    check_scales,
     draw_poses,
     find_person,
     fit_frame,

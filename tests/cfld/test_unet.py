@@ -44,9 +44,13 @@ def test_unknown_choices_are_refused():
         UNetConfig(trained=("to_k", "to_out"))
     with pytest.raises(ValueError, match=r"appearance\.biases is 'values'; choose one of"):
         AppearanceConfig(biases="values")
-    with pytest.raises(ValueError, match=r"widths \(64, 100\) do not divide into heads of 32"):
+    with pytest.raises(
+        ValueError, match=r"widths is \(64, 100\); give multiples of appearance\.head_dim, 32"
+    ):
         AppearanceConfig(widths=(64, 100))
     with pytest.raises(ValueError, match=r"prompt_decoder\.kind is 'text'; choose one of"):
         PromptDecoderConfig(kind="text")
-    with pytest.raises(ValueError, match="dim 768 does not divide into 7 heads"):
+    with pytest.raises(
+        ValueError, match=r"dim is 768; give multiples of prompt_decoder\.num_heads, 7"
+    ):
         PromptDecoderConfig(num_heads=7)
