@@ -14,6 +14,7 @@ from jaxtyping import Bool
 from PIL import Image
 
 from cfld.body_regions import REGIONS, RegionError, draw_regions
+from cfld.command import make_parser, not_negative, positive
 from cfld.editing import (
     METHODS,
     Appearance,
@@ -22,15 +23,6 @@ from cfld.editing import (
     poses_between,
     read_masks,
 )
-from cfld.generation_jobs import (
-    JobError,
-    Sampling,
-    check_output,
-    read_all_poses,
-    read_framed_pose,
-    read_photo,
-    save_image,
-)
 from cfld.generation_options import (
     POSE_HELP,
     add_pose_options,
@@ -38,14 +30,22 @@ from cfld.generation_options import (
     add_weights,
     load_chosen,
     make_estimator,
-    make_parser,
-    positive,
     read_sampling,
-    run_command,
+    run_on_inputs,
 )
 from cfld.picture_grid import join_strip
 from cfld.pipeline import CFLDPipeline
 from cfld.pipeline_inputs import FramedPose, Size, fit_frame
+from cfld.sampling import Sampling
+from cfld.user_inputs import (
+    InputError,
+    check_output,
+    read_all_poses,
+    read_fitted_pose,
+    read_framed_pose,
+    read_photo,
+    save_image,
+)
 
 logger = logging.getLogger("cfld.edit")  # run as a command, __name__ is another
 
@@ -70,7 +70,7 @@ _EXAMPLES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     options = _make_parser().parse_args(arguments)
-    return run_command(lambda: options.work(options))
+    return run_on_inputs(lambda: options.work(options))
 
 
 def _transfer(options: argparse.Namespace) -> int:
@@ -86,7 +86,9 @@ def _transfer(options: argparse.Namespace) -> int:
     pipeline = load_chosen(options)
     if not latent_masks([mask], pipeline.conditioner.settings.latent_size).any():
         what = options.mask or f"--region {' '.join(options.region)}"
-        raise JobError(f"{what}: too small a part of {options.reference} to edit; mark more of it")
+        raise InputError(
+            f"{what}: too small a part of {options.reference} to edit; mark more of it"
+        )
     if options.save_mask:
         save_image(Image.fromarray(mask), Path(options.save_mask))
     ((image,),) = pipeline(
@@ -107,15 +109,12 @@ def _interpolate(options: argparse.Namespace) -> int:
     sampling = read_sampling(options)
     check_output(options.output)
     photos = [read_photo(image) for image in options.image]
-    size = sampling.size or photos[0].shape[:2]
-    estimator = make_estimator(options)
-    frame = sampling.pose_frame or photos[0].shape[:2]
-    pose = fit_frame(read_framed_pose(options.pose, frame, estimator), size)
+    pose = read_fitted_pose(options.pose, photos[0], sampling, make_estimator(options))
     pipeline = load_chosen(options)
     pipeline.set_progress_bar_config(disable=True)
     first, second = (pipeline.encode_appearance(photo) for photo in photos)
     if not first.biases and "biases" in options.mix:
-        raise JobError(f"{options.weights}: has no appearance biases to mix; use --mix prompt")
+        raise InputError(f"{options.weights}: has no appearance biases to mix; use --mix prompt")
     weights = np.linspace(0, 1, options.frames).tolist()
     still = [0.0] * len(weights)
     frames: list[Image.Image] = []
@@ -160,7 +159,7 @@ def _fill_gaps(stations: Sequence[FramedPose], num_between: int) -> list[FramedP
         for start, end in pairwise(stations):
             poses += [*poses_between(start, end, num_between), end]
     except ValueError as error:
-        raise JobError(f"--between {num_between}: {error}; leave it out") from error
+        raise InputError(f"--between {num_between}: {error}; leave it out") from error
     return poses
 
 
@@ -190,16 +189,16 @@ def _batches(count: int, sampling: Sampling) -> Iterator[slice]:
 def _read_mask(path: str, size: Size) -> Bool[np.ndarray, "{size[0]} {size[1]}"]:
     picture = read_photo(path)
     if picture.shape[:2] != size:
-        raise JobError(
+        raise InputError(
             f"{path}: the mask has {picture.shape[0]} x {picture.shape[1]} pixels (height x "
             f"width), the reference {size[0]} x {size[1]}; make them of one size"
         )
     is_grey = (np.abs(picture - 127.5) < 64).any(axis=2)
     if is_grey.mean() > _MAX_GREY:
-        raise JobError(f"{path}: is no mask; it must be black, and white where to edit")
+        raise InputError(f"{path}: is no mask; it must be black, and white where to edit")
     (mask,) = read_masks(Image.fromarray(picture))
     if not mask.any():
-        raise JobError(f"{path}: the mask is empty; make it white where to edit")
+        raise InputError(f"{path}: the mask is empty; make it white where to edit")
     if mask.all():
         logger.warning("%s: the mask is wholly white, so nothing of the reference stays", path)
     return mask
@@ -211,7 +210,7 @@ def _draw_mask(
     try:
         return draw_regions(pose.keypoints, pose.frame, size, options.region)
     except RegionError as error:
-        raise JobError(f"{options.pose or options.reference}: {error} with --mask") from error
+        raise InputError(f"{options.pose or options.reference}: {error} with --mask") from error
 
 
 def _write_frames(frames: Sequence[Image.Image], options: argparse.Namespace) -> int:
@@ -297,7 +296,9 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="POSE",
         help="in their order; a keypoint file without :NAME gives all of its images",
     )
-    walk.add_argument("--between", type=_count, default=0, metavar="N", help="poses in between")
+    walk.add_argument(
+        "--between", type=not_negative, default=0, metavar="N", help="poses in between"
+    )
     _add_frame_options(walk)
     walk.set_defaults(work=_walk)
 
@@ -317,13 +318,6 @@ def _add_frame_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="frames at a time; with 1 they equal single pictures exactly",
     )
-
-
-def _count(word: str) -> int:
-    number = int(word)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{word} is negative")
-    return number
 
 
 if __name__ == "__main__":

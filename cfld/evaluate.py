@@ -8,10 +8,10 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from cfld.command import finite, make_parser, positive, run_command
 from cfld.evaluation.image_workers import choose_devices, run_job
 from cfld.evaluation.pair_images import (
     ImageSettings,
@@ -20,7 +20,7 @@ from cfld.evaluation.pair_images import (
     read_identity,
     reserved,
 )
-from cfld.evaluation.paper_tables import TABLE_3, TABLE_5, format_score, markdown_table
+from cfld.evaluation.paper_tables import TABLE_3, TABLE_5, PaperTable, format_score, markdown_table
 from cfld.evaluation.photo_source import PhotoSource, SourceError, open_photos
 from cfld.evaluation.protocol import (
     METRICS,
@@ -42,14 +42,9 @@ from cfld.evaluation.result_files import (
 )
 from cfld.evaluation.result_reader import ResultReader
 from cfld.evaluation.studies import GUIDANCE_SCALES, StudyRow, write_study
-from cfld.generation_options import (
-    finite,
-    make_parser,
-    positive,
-    read_device,
-    run_command,
-    seed,
-)
+from cfld.generation_options import add_sampling_options
+from cfld.sampling import Sampling
+from cfld.saved_pipeline import WeightsError, read_device, read_dtype
 
 logger = logging.getLogger("cfld.evaluate")  # run as a command, __name__ is another
 
@@ -70,22 +65,35 @@ The same command run again goes on where it was stopped. Known file names of --g
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     args = _parse(arguments)
-    return run_command(lambda: _run(args))
+    return run_command(lambda: _run(args), ResultError, SourceError, WeightsError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Generation:
+    """What makes images of pairs, how, and the folder that they and their scores go to."""
+
+    weights: Path
+    output: Path
+    sampling: Sampling
+    scheduler: str | None
+    """None: as saved with the weights."""
+    dtype: str
+    devices: Sequence[str]
+    num_pairs: int | None
+    """Only so many; None: all."""
 
 
 def _run(args: argparse.Namespace) -> int:
-    try:
-        args.device = read_device(args.device)
-        photos, protocol = _open(args)
-        if args.generated:
-            table = _means_table(_evaluate_generated(args, photos, protocol))
-        elif args.ablations or args.sweep:
-            table = _run_study(args, photos, protocol)
-        else:
-            table = _means_table(_evaluate_weights(args, photos, protocol).evaluation)
-    except (ResultError, SourceError) as error:
-        logger.error("%s", error)
-        return 2
+    device = read_device(args.device)
+    photos, protocol = _open(args, device)
+    if args.generated:
+        table = _means_table(_evaluate_generated(args, photos, protocol))
+    elif args.ablations or args.sweep:
+        paper_table = TABLE_5 if args.sweep else TABLE_3
+        table = _run_study(args.output, paper_table, _variants(args, device), photos, protocol)
+    else:
+        generation = _read_generation(args, device, args.weights)
+        table = _means_table(_evaluate_weights(generation, photos, protocol).evaluation)
     sys.stdout.write(table)
     logger.info("report: %s", args.output / "report.html")
     return 0
@@ -112,52 +120,56 @@ def _evaluate_generated(
     return evaluation
 
 
-def _run_study(args: argparse.Namespace, photos: PhotoSource, protocol: ScoringProtocol) -> str:
-    """Evaluate several weights, or one with several scales, each in a folder of its own."""
-    if args.sweep:
-        scales = GUIDANCE_SCALES | {f"{pose}, {app}": (pose, app) for pose, app in args.scales}
-        variants = {
-            label: _with(args, output=f"pose_{pose}_appearance_{app}", pose_scale=pose,
-                         appearance_scale=app)
-            for label, (pose, app) in scales.items()
-        }  # fmt: skip
-    else:
-        variants = {
-            label: _with(args, output=label, weights=folder) for label, folder in args.ablations
-        }
-        for each in variants.values():  # what is wrong is to be found before hours of work
-            read_identity(each.weights)
+def _variants(args: argparse.Namespace, device: str) -> dict[str, _Generation]:
+    """The rows of a study: one pipeline with several scales, or several; each with its folder."""
+    if not args.sweep:
+        for _, weights in args.ablations:  # what is wrong is to be found before hours of work
+            read_identity(weights)
+        each = {label: _read_generation(args, device, weights) for label, weights in args.ablations}
+        return {label: replace(one, output=args.output / label) for label, one in each.items()}
+    scales = GUIDANCE_SCALES | {f"{pose}, {app}": (pose, app) for pose, app in args.scales}
+    one = _read_generation(args, device, args.weights)
+    return {
+        label: replace(
+            one,
+            output=args.output / f"pose_{pose}_appearance_{appearance}",
+            sampling=replace(one.sampling, pose_scale=pose, appearance_scale=appearance),
+        )
+        for label, (pose, appearance) in scales.items()
+    }
+
+
+def _run_study(
+    output: Path,
+    paper_table: PaperTable,
+    variants: Mapping[str, _Generation],
+    photos: PhotoSource,
+    protocol: ScoringProtocol,
+) -> str:
     rows: dict[str, StudyRow] = {}
     self_checks = None
-    for label, each in variants.items():
+    for label, generation in variants.items():
         logger.info("row %r", label)
-        rows[label] = _evaluate_weights(each, photos, protocol, self_checks)
+        rows[label] = _evaluate_weights(generation, photos, protocol, self_checks)
         self_checks = rows[label].evaluation.self_checks
-    return write_study(args.output, TABLE_5 if args.sweep else TABLE_3, rows)
-
-
-def _with(args: argparse.Namespace, output: str, **changes: Any) -> argparse.Namespace:
-    """Other arguments, with a folder below the output."""
-    return argparse.Namespace(**vars(args) | changes | {"output": args.output / output})
+    return write_study(output, paper_table, rows)
 
 
 def _evaluate_weights(
-    args: argparse.Namespace,
+    generation: _Generation,
     photos: PhotoSource,
     protocol: ScoringProtocol,
     self_checks: Mapping[str, Mapping[str, float]] | None = None,
 ) -> StudyRow:
     """Generate what is not there yet, then score it; self-checks are computed if not given."""
-    pairs = choose_pairs(photos.pairs or (), args.num_pairs)
-    if not pairs:
-        raise SourceError(f"{photos.where}: there are no pairs of split {args.split!r}")
+    pairs = choose_pairs(photos.pairs or (), generation.num_pairs)
     check_number(len(pairs), protocol)
     job = plan_job(
-        args.output, args.weights, photos, pairs, _image_settings(args, photos),
-        batch_size=args.batch_size, reconstruct=self_checks is None,
+        generation.output, generation.weights, photos, pairs, _image_settings(generation, photos),
+        batch_size=generation.sampling.batch_size, reconstruct=self_checks is None,
     )  # fmt: skip
     with reserved(job):
-        run_job(job, choose_devices(args.device, args.workers))
+        run_job(job, generation.devices)
         results = ResultFiles(
             folder=job.folder / "images", pattern=PATTERN,
             files={pair: job.image_path(pair) for pair in pairs}, missing=(), surplus=(),
@@ -168,10 +180,10 @@ def _evaluate_weights(
             notes = (*notes, f"Only {part}, were generated")
         reader = ResultReader(files=results.files, photos=photos, size=protocol.size)
         evaluation = evaluate(
-            f"Scores of {args.weights.name or args.weights}",
+            f"Scores of {job.weights.name or job.weights}",
             reader,
             protocol,
-            settings={"weights": str(args.weights), **asdict(job.settings)},
+            settings={"weights": str(job.weights), **asdict(job.settings)},
             notes=notes,
             self_checks=self_checks or check_oneself(job, protocol),
         )
@@ -179,22 +191,43 @@ def _evaluate_weights(
     return StudyRow(evaluation, job.folder.name, reader)
 
 
-def _image_settings(args: argparse.Namespace, photos: PhotoSource) -> ImageSettings:
-    weights_sha256, scheduler = read_identity(args.weights)
+def _image_settings(generation: _Generation, photos: PhotoSource) -> ImageSettings:
+    weights_sha256, scheduler = read_identity(generation.weights)
+    sampling = generation.sampling
     return ImageSettings(
         weights_sha256=weights_sha256,
         photos_sha256=photos.sha256,
-        scheduler=args.scheduler or scheduler,
-        num_steps=args.steps,
-        pose_scale=args.pose_scale,
-        appearance_scale=args.appearance_scale,
-        seed=args.seed,
-        dtype=args.dtype or ("fp16" if args.device.startswith("cuda") else "fp32"),
+        scheduler=generation.scheduler or scheduler,
+        num_steps=sampling.num_steps,
+        pose_scale=sampling.pose_scale,
+        appearance_scale=sampling.appearance_scale,
+        seed=sampling.seed,
+        dtype=generation.dtype,
     )
 
 
-def _open(args: argparse.Namespace) -> tuple[PhotoSource, ScoringProtocol]:
+def _read_generation(args: argparse.Namespace, device: str, weights: Path) -> _Generation:
+    return _Generation(
+        weights=weights,
+        output=args.output,
+        sampling=Sampling(
+            num_steps=args.steps,
+            pose_scale=args.pose_scale,
+            appearance_scale=args.appearance_scale,
+            seed=args.seed,
+            batch_size=args.batch_size,
+        ),
+        scheduler=args.scheduler,
+        dtype=read_dtype(args.dtype, device),
+        devices=choose_devices(device, args.workers),
+        num_pairs=args.num_pairs,
+    )
+
+
+def _open(args: argparse.Namespace, device: str) -> tuple[PhotoSource, ScoringProtocol]:
     photos = open_photos(args.targets, args.split, args.pairs)
+    if not (args.generated or photos.pairs):
+        raise SourceError(f"{photos.where}: there are no pairs of split {args.split!r}")
     reference = None
     if args.reference:
         reference = open_photos(args.reference, args.reference_split)
@@ -205,7 +238,7 @@ def _open(args: argparse.Namespace) -> tuple[PhotoSource, ScoringProtocol]:
         args.metrics,
         reference,
         weights_dir=args.metric_weights,
-        device=args.device,
+        device=device,
         cache=args.cache,
     )
     return photos, protocol
@@ -242,6 +275,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--reference-split", default="train", metavar="SPLIT", help="(default: %(default)s)"
     )
     _add_generation(parser.add_argument_group("generation"))
+    add_sampling_options(parser, seed_help="each pair's noise has its own from it")
     _add_files(parser.add_argument_group("files of --generated"))
     _add_scores(parser.add_argument_group("scores"))
     args = parser.parse_args(arguments)
@@ -267,12 +301,6 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
         "--scales", type=_scale_pair, nargs="+", default=[], metavar="POSE,APPEARANCE",
         help="more rows of the sweep",
     )  # fmt: skip
-    group.add_argument("--steps", type=positive, default=50, metavar="N")
-    group.add_argument("--scheduler", metavar="NAME", help="such as ddim (default: as saved)")
-    group.add_argument("--pose-scale", type=finite, default=2.0, metavar="W")
-    group.add_argument("--appearance-scale", type=finite, default=2.0, metavar="W")
-    group.add_argument("--seed", type=seed, default=0, help="each pair's noise has its own from it")
-    group.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="(default: fp16 on a GPU)")
     group.add_argument("--num-pairs", type=positive, metavar="N", help="only so many, for a trial")
     group.add_argument("--batch-size", type=positive, default=8, metavar="N")
     group.add_argument(
@@ -303,7 +331,6 @@ def _add_scores(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--metric-weights", type=Path, metavar="DIR", help="folder of the networks' published files"
     )
-    group.add_argument("--device", default="auto", metavar="NAME", help="such as cuda:1 or cpu")
     group.add_argument("--cache", type=Path, default=_cache_dir(), help="(default: %(default)s)")
     group.add_argument("--output", type=Path, required=True, metavar="DIR")
 

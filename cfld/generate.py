@@ -8,15 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cfld.command import make_parser, positive
 from cfld.generation_jobs import (
     FailureTable,
     Job,
-    LazyEstimator,
     generate_batch,
     read_inputs,
     read_table,
     run_jobs,
-    save_image,
 )
 from cfld.generation_options import (
     POSE_HELP,
@@ -25,11 +24,10 @@ from cfld.generation_options import (
     add_weights,
     load_chosen,
     make_estimator,
-    make_parser,
-    positive,
     read_sampling,
-    run_command,
+    run_on_inputs,
 )
+from cfld.user_inputs import LazyEstimator, save_image
 
 logger = logging.getLogger("cfld.generate")  # run as a command, __name__ is another
 
@@ -50,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if bool(options.table) == any(one) or (any(one) and not all(one)):
         parser.error("give --image, --pose and --output, or --table")
     work = _generate_table if options.table else _generate_one
-    return run_command(lambda: work(options, make_estimator(options)))
+    return run_on_inputs(lambda: work(options, make_estimator(options)))
 
 
 def _generate_one(options: argparse.Namespace, estimator: LazyEstimator) -> int:

@@ -4,54 +4,24 @@ from __future__ import annotations
 
 import csv
 import logging
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import UInt8
 from PIL import Image
 
-from cfld.images import ImageError, decode_image
-from cfld.keypoints import BadRow, KeypointsError, main_person, read_keypoints, read_pose
-from cfld.openpose import PoseNetworkError
 from cfld.pipeline import CFLDPipeline
-from cfld.pipeline_inputs import Estimator, FramedPose, Size, find_person, fit_frame
-from cfld.pose_network import PersonPose, PoseEstimator, PoseEstimatorConfig
-from cfld.whole_file import whole_file
+from cfld.pipeline_inputs import Estimator, FramedPose
+from cfld.sampling import Sampling
+from cfld.user_inputs import InputError, check_output, read_fitted_pose, read_photo, save_image
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("image", "pose", "output")
-# Pillow knows more formats, but many of them it only reads, or writes without colours.
-_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF",
-            ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF", ".ppm": "PPM"}  # fmt: skip
-_KEYPOINT_FILE = re.compile(r".+\.(csv|json)(:.+)?", re.IGNORECASE)
-
-
-class LazyEstimator:
-    """A pose estimator whose network is loaded when the first photo needs it."""
-
-    def __init__(self, config: PoseEstimatorConfig) -> None:
-        self.config = config
-
-    def estimate(self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> list[PersonPose]:
-        """The main person of each RGB photo."""
-        return self._estimator.estimate(images)
-
-    @cached_property
-    def _estimator(self) -> PoseEstimator:
-        return PoseEstimator(self.config)
-
-
-class JobError(ValueError):
-    """What is wrong with one image to generate, or with the table of them."""
 
 
 @dataclass(frozen=True)
@@ -62,38 +32,6 @@ class Job:
     pose: str
     output: str
     row: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How images are generated."""
-
-    num_steps: int = 50
-    pose_scale: float = 2.0
-    appearance_scale: float = 2.0
-    seed: int = 0
-    """Of row 0; row i has seed + i, so that no image depends on the batch it is in."""
-    size: Size | None = None
-    """Height and width of the results; None: of each photo."""
-    pose_frame: Size | None = None
-    """What keypoints in files refer to; None: each photo's size."""
-    batch_size: int = 8
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What the pipeline takes for all images."""
-        height, width = self.size or (None, None)
-        return {
-            "height": height,
-            "width": width,
-            "num_inference_steps": self.num_steps,
-            "pose_guidance_scale": self.pose_scale,
-            "appearance_guidance_scale": self.appearance_scale,
-        }
-
-    def generators(self, rows: Iterable[int]) -> list[torch.Generator]:
-        """A generator for each of these rows."""
-        return [torch.Generator().manual_seed(self.seed + row) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -109,14 +47,14 @@ def read_table(path: str | Path) -> list[Job]:
     """Jobs from a csv with the columns image, pose and output; paths are as seen from here.
 
     Raises:
-        JobError: If there is no such file, a column is missing, or two rows have one output.
+        InputError: If there is no such file, a column is missing, or two rows have one output.
     """
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             missing = set(COLUMNS) - set(reader.fieldnames or ())
             if missing:
-                raise JobError(
+                raise InputError(
                     f"{path}: has no column {', '.join(sorted(missing))}; the first line must be "
                     f"{','.join(COLUMNS)}"
                 )
@@ -125,13 +63,15 @@ def read_table(path: str | Path) -> list[Job]:
                 for index, row in enumerate(reader)
             ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise JobError(f"{path}: cannot be read as a table ({error})") from error
+        raise InputError(f"{path}: cannot be read as a table ({error})") from error
     rows_of = defaultdict(list)
     for job in jobs:
         if job.output:
             rows_of[Path(job.output).resolve()].append(job.output)
     if shared := [outputs[0] for outputs in rows_of.values() if len(outputs) > 1]:
-        raise JobError(f"{path}: {len(shared)} outputs stand in several rows, such as {shared[0]}")
+        raise InputError(
+            f"{path}: {len(shared)} outputs stand in several rows, such as {shared[0]}"
+        )
     return jobs
 
 
@@ -158,88 +98,14 @@ def read_inputs(job: Job, sampling: Sampling, estimator: Estimator) -> Inputs:
     """Read the photo and the pose of a job; the estimator finds the person of a pose photo.
 
     Raises:
-        JobError: If a file is missing, is none of the known formats, or shows no person.
+        InputError: If a file is missing, is none of the known formats, or shows no person.
         PoseNetworkError: If the estimator cannot be had.
     """
     if not (job.image and job.pose and job.output):
-        raise JobError(f"a cell is empty; fill in {', '.join(COLUMNS)}")
+        raise InputError(f"a cell is empty; fill in {', '.join(COLUMNS)}")
     check_output(job.output)
     photo = read_photo(job.image)
-    size = sampling.size or photo.shape[:2]
-    pose = read_framed_pose(job.pose, sampling.pose_frame or photo.shape[:2], estimator)
-    return Inputs(job, photo, fit_frame(pose, size))
-
-
-def check_output(output: str) -> None:
-    """Refuse a name that no picture can be written under.
-
-    Raises:
-        JobError: If it ends in no image format of ours, or is a folder's.
-    """
-    if Path(output).suffix.lower() not in _FORMATS:
-        raise JobError(f"{output}: ends in no image format; use .png or .jpg")
-    if Path(output).is_dir():
-        raise JobError(f"{output}: is a folder; name a file")
-
-
-def read_framed_pose(spec: str, frame: Size, estimator: Estimator) -> FramedPose:
-    """Read a pose; `frame` is the size of the picture that keypoints in files refer to.
-
-    Raises:
-        JobError: If a file is missing, is none of the known formats, or shows no person.
-        PoseNetworkError: If the estimator cannot be had.
-    """
-    try:
-        if _KEYPOINT_FILE.fullmatch(spec):
-            return FramedPose(read_pose(spec), frame)
-        return find_person(read_photo(spec), estimator)
-    except (JobError, PoseNetworkError):
-        raise
-    except FileNotFoundError as error:
-        raise JobError(f"{spec}: no such file") from error
-    except (OSError, ValueError) as error:
-        is_named = isinstance(error, KeypointsError)
-        raise JobError(str(error) if is_named else f"{spec}: {error}") from error
-
-
-def read_all_poses(spec: str, frame: Size, estimator: Estimator) -> list[FramedPose]:
-    """Read one pose, or those of all images that a keypoint file without a :NAME lists.
-
-    Raises:
-        JobError: As `read_framed_pose`, or if one of the images has no pose.
-        PoseNetworkError: If the estimator cannot be had.
-    """
-    if not (_KEYPOINT_FILE.fullmatch(spec) and Path(spec).is_file()):
-        return [read_framed_pose(spec, frame, estimator)]
-    poses = []
-    try:
-        for entry in read_keypoints(spec):
-            if isinstance(entry, BadRow):
-                raise JobError(f"{spec}: row {entry.row}: {entry.reason}")
-            main = main_person(entry.people)
-            if main is None:
-                raise JobError(f"{spec}: lists nobody with any joint for {entry.name!r}")
-            poses.append(FramedPose(entry.people[main], frame))
-    except ValueError as error:
-        is_named = isinstance(error, (KeypointsError, JobError))
-        raise JobError(str(error) if is_named else f"{spec}: {error}") from error
-    if not poses:
-        raise JobError(f"{spec}: lists no image")
-    return poses
-
-
-def read_photo(path: str) -> UInt8[np.ndarray, "height width 3"]:
-    """An image file as RGB.
-
-    Raises:
-        JobError: If it is missing or no image.
-    """
-    try:
-        return decode_image(Path(path).read_bytes())
-    except FileNotFoundError as error:
-        raise JobError(f"{path}: no such file") from error
-    except (OSError, ImageError) as error:
-        raise JobError(f"{path}: cannot be read as an image ({error})") from error
+    return Inputs(job, photo, read_fitted_pose(job.pose, photo, sampling, estimator))
 
 
 def run_jobs(
@@ -279,17 +145,11 @@ def generate_batch(
     return pictures
 
 
-def save_image(image: Image.Image, path: Path, **options: Any) -> None:
-    """Write a picture under its name once it is whole; `options` are Pillow's."""
-    with whole_file(path) as unfinished:
-        image.save(unfinished, format=_FORMATS[path.suffix.lower()], quality=95, **options)
-
-
 def _read_all(
     jobs: Sequence[Job], sampling: Sampling, estimator: Estimator, failures: FailureTable
 ) -> Iterator[Inputs]:
     for job in jobs:
         try:
             yield read_inputs(job, sampling, estimator)
-        except JobError as error:  # noqa: PERF203  # each row fails alone
+        except InputError as error:  # noqa: PERF203  # each row fails alone
             failures.add(job, str(error))

@@ -19,13 +19,15 @@ import numpy as np
 from PIL import Image
 from scipy.stats import binomtest
 
+from cfld.command import make_parser, positive, run_command, seed
 from cfld.evaluation.paper_tables import markdown_table
 from cfld.evaluation.photo_source import Pair, PhotoSource, SourceError, open_photos
 from cfld.evaluation.report import data_uri
 from cfld.evaluation.result_files import Panel, ResultError, ResultFiles, find_results, read_panel
 from cfld.evaluation.scoring import Pixels, protocol_target
+from cfld.whole_file import whole_file
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("cfld.user_study")  # run as a command, __name__ is another
 
 ANSWERS_FORMAT = "cfld-user-study"
 ANSWERS_VERSION = 1
@@ -103,7 +105,6 @@ def make_study(study: Study, output: Path) -> list[str]:
     pairs, photos = _choose(study, generator)
     identity = hashlib.sha256(repr((study.seed, sorted(study.methods), pairs, photos)).encode())
     study_id = identity.hexdigest()[:16]
-    output.mkdir(parents=True, exist_ok=True)
     methods = [str(name) for name in generator.permutation(sorted(study.methods))]
     pages = {
         f"real-or-generated-{number}": _real_or_generated(study, method, pairs, photos, generator)
@@ -115,10 +116,12 @@ def make_study(study: Study, output: Path) -> list[str]:
         data = {"study": study_id, "page": name, "task": page.task, "items": page.items}
         text = json.dumps(data | {"seal": _seal(page.truth)}).replace("</", "<\\/")
         html = _TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text)
-        (output / f"{name}.html").write_text(html, encoding="utf-8")
+        with whole_file(output / f"{name}.html") as unfinished:
+            unfinished.write_text(html, encoding="utf-8")
     shows = {name: page.truth.get("method", methods) for name, page in pages.items()}
     document = {"study": study_id, "seed": study.seed, "pages": shows, "pairs": pairs}
-    (output / "key.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    with whole_file(output / "key.json") as unfinished:
+        unfinished.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return list(pages)
 
 
@@ -158,16 +161,9 @@ def score_answers(documents: Mapping[str, Any]) -> list[Rate]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = _parse(arguments)
-    try:
-        return _make(args) if args.command == "make" else _score(args)
-    except (StudyError, SourceError, ResultError) as error:
-        logger.error("%s", error)
-        return 2
-    except KeyboardInterrupt:
-        logger.error("interrupted; run the same command again")
-        return 1
+    work = _make if args.command == "make" else _score
+    return run_command(lambda: work(args), StudyError, SourceError, ResultError)
 
 
 def _make(args: argparse.Namespace) -> int:
@@ -198,7 +194,8 @@ def _score(args: argparse.Namespace) -> int:
     sys.stdout.write(markdown_table(["metric", "value", "95 % interval", "count"], rows))
     if args.output is not None:
         scores = [asdict(rate) | {"value": rate.value, "interval": rate.interval} for rate in rates]
-        args.output.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        with whole_file(args.output) as unfinished:
+            unfinished.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
@@ -306,12 +303,7 @@ def _method(text: str) -> tuple[str, Path]:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m cfld.user_study",
-        description=__doc__,
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("cfld.user_study", __doc__, _EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make", help="make the web pages")
     make.add_argument("--generated", nargs="+", required=True, metavar="NAME=DIR")
@@ -319,17 +311,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     make.add_argument("--output", type=Path, required=True, metavar="DIR")
     make.add_argument("--pattern", help="how files are named, such as '{source}_to_{target}.png'")
     make.add_argument(
-        "--num-images", type=int, default=30, help="of each kind (default: %(default)s)"
+        "--num-images", type=positive, default=30, help="of each kind (default: %(default)s)"
     )
-    make.add_argument("--size", type=int, nargs=2, default=[256, 176], metavar=("HEIGHT", "WIDTH"))
-    make.add_argument("--seed", type=int, default=0)
+    make.add_argument(
+        "--size", type=positive, nargs=2, default=[256, 176], metavar=("HEIGHT", "WIDTH")
+    )
+    make.add_argument("--seed", type=seed, default=0, metavar="N")
     score = commands.add_parser("score", help="print R2G, G2R and Jab of answer files")
     score.add_argument("answers", nargs="+", type=Path, metavar="ANSWERS")
     score.add_argument("--output", type=Path, metavar="FILE", help="write the scores as JSON too")
-    args = parser.parse_args(arguments)
-    if args.command == "make" and args.num_images < 1:
-        parser.error("--num-images must be positive")
-    return args
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

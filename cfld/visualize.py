@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from cfld.generation_jobs import JobError, Sampling, read_framed_pose, read_photo, save_image
+from cfld.command import make_parser, positive
 from cfld.generation_options import (
     POSE_HELP,
     add_pose_options,
@@ -22,17 +22,17 @@ from cfld.generation_options import (
     add_weights,
     load_chosen,
     make_estimator,
-    make_parser,
-    positive,
     read_sampling,
-    run_command,
+    run_on_inputs,
 )
 from cfld.images import resize_image
 from cfld.picture_grid import Tile, draw_grid, in_rows
 from cfld.pipeline import CFLDPipeline
-from cfld.pipeline_inputs import FramedPose, Size, draw_poses, fit_frame, read_sources
+from cfld.pipeline_inputs import FramedPose, Size, draw_poses, read_sources
 from cfld.pose import JOINT_NAMES
 from cfld.prompt_decoder import PromptDecoder
+from cfld.sampling import Sampling
+from cfld.user_inputs import InputError, read_fitted_pose, read_photo, save_image
 from cfld.visualization import (
     bias_components,
     bias_sizes,
@@ -74,18 +74,18 @@ class _Subject:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     options = _make_parser().parse_args(arguments)
-    return run_command(lambda: _visualize(options))
+    return run_on_inputs(lambda: _visualize(options))
 
 
 def _visualize(options: argparse.Namespace) -> int:
     sampling, photo, pose = read_sampling(options), read_photo(options.image), None
-    size = sampling.size or photo.shape[:2]
+    if Path(options.output).is_file():
+        raise InputError(f"--output {options.output}: is a file; name a folder")
     if options.pose:
-        frame = sampling.pose_frame or photo.shape[:2]
-        pose = fit_frame(read_framed_pose(options.pose, frame, make_estimator(options)), size)
+        pose = read_fitted_pose(options.pose, photo, sampling, make_estimator(options))
     shown = options.show or [name for name in _VIEWS if pose or name not in _POSED]
     if pose is None and set(shown) & set(_POSED):
-        raise JobError(f"--show {' '.join(shown)}: {' and '.join(_POSED)} need --pose")
+        raise InputError(f"--show {' '.join(shown)}: {' and '.join(_POSED)} need --pose")
     subject = _Subject(load_chosen(options), photo, pose, sampling, options)
     _check_model(subject, shown)
     for name in shown:
@@ -101,11 +101,11 @@ def _check_model(subject: _Subject, shown: Sequence[str]) -> None:
     if "attention" in shown:
         if not isinstance(decoder, PromptDecoder):
             kind = conditioner.settings.prompt_decoder.kind
-            raise JobError(f"{options.weights}: a prompt of kind {kind!r} has no queries to show")
+            raise InputError(f"{options.weights}: a prompt of kind {kind!r} has no queries to show")
         if options.block is not None and options.block > len(decoder.blocks):
-            raise JobError(f"--block {options.block}: there are {len(decoder.blocks)} blocks")
+            raise InputError(f"--block {options.block}: there are {len(decoder.blocks)} blocks")
     if "biases" in shown and conditioner.appearance is None:
-        raise JobError(f"{options.weights}: there are no appearance biases to show")
+        raise InputError(f"{options.weights}: there are no appearance biases to show")
 
 
 def _attention(subject: _Subject) -> list[Sequence[Tile]]:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cfld.whole_file import whole_file
+
 logger = logging.getLogger(__name__)
 
 RECORD_FILE = "stages.json"
@@ -137,7 +139,6 @@ def _wait_for_group(group: int) -> None:
 
 
 def _write_records(folder: Path, records: dict[str, StageRecord]) -> None:
-    partial = folder / f"{RECORD_FILE}.tmp"
     document = {name: asdict(record) for name, record in records.items()}
-    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / RECORD_FILE)
+    with whole_file(folder / RECORD_FILE) as unfinished:
+        unfinished.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

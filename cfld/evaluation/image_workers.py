@@ -19,7 +19,7 @@ import torch
 
 from cfld.evaluation.pair_images import GenerationError, ImageJob, make_images
 from cfld.evaluation.photo_source import SourceError
-from cfld.generation_options import WeightsError
+from cfld.saved_pipeline import WeightsError
 
 logger = logging.getLogger(__name__)
 

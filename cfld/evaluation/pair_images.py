@@ -18,11 +18,12 @@ from torch import Generator, Tensor
 
 from cfld.evaluation.photo_source import Pair, PhotoSource, SourceError
 from cfld.evaluation.result_files import ResultError, name_of
-from cfld.generation_options import load_pipeline, read_index
 from cfld.images import encode_png
 from cfld.pipeline import CFLDPipeline
 from cfld.pipeline_inputs import read_sources
 from cfld.pose import draw_pose_map
+from cfld.saved_pipeline import load_pipeline, read_index
+from cfld.whole_file import whole_file
 
 SETTINGS_FILE = "generation.json"
 
@@ -167,7 +168,7 @@ def make_images(job: ImageJob, device: str, report: Callable[[int], None]) -> No
     """
     settings = job.settings
     pipeline = load_pipeline(
-        str(job.weights),
+        job.weights,
         device=device,
         dtype=settings.dtype,
         scheduler=settings.scheduler,
@@ -251,10 +252,8 @@ def _save(images: Float[Tensor, "batch 3 height width"], paths: Sequence[Path]) 
         )
     pixels = rearrange((images * 255).round().to(torch.uint8), "b c h w -> b h w c").cpu().numpy()
     for path, image in zip(paths, pixels, strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_bytes(encode_png(image))
-        unfinished.replace(path)
+        with whole_file(path) as unfinished:
+            unfinished.write_bytes(encode_png(image))
 
 
 def _keep_settings(job: ImageJob) -> None:
@@ -273,9 +272,8 @@ def _keep_settings(job: ImageJob) -> None:
         raise ResultError(
             f"{job.folder}: holds images, but no {SETTINGS_FILE}; give another folder"
         )
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
 
 
 def _batches(items: Sequence, size: int) -> Iterator[Sequence]:

@@ -25,6 +25,7 @@ from cfld.evaluation.paper_tables import (
 from cfld.evaluation.scoring import ImagePair, Pixels, ScoreSet
 from cfld.images import encode_png
 from cfld.web_page import image_uri, make_page, make_table
+from cfld.whole_file import whole_file
 
 # By which score pairs are ranked: the first that is there; LPIPS is better when it is lower.
 RANKING = ("lpips", "ssim_paper", "ssim", "psnr")
@@ -64,16 +65,15 @@ def write_report(
         "metrics.json": json.dumps(metrics_document(evaluation), indent=2) + "\n",
     }
     write_texts(output, files)
-    pq.write_table(pa.table({"name": scores.names, **scores.per_image}), output / "scores.parquet")
+    with whole_file(output / "scores.parquet") as unfinished:
+        pq.write_table(pa.table({"name": scores.names, **scores.per_image}), unfinished)
 
 
 def write_texts(output: Path, files: Mapping[str, str]) -> None:
     """Write text files into a folder, each under its name once it is whole."""
-    output.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        partial = output / f"{name}.tmp"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(output / name)
+        with whole_file(output / name) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
 
 
 def metrics_document(evaluation: Evaluation) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from cfld.evaluation.frechet import FeatureStatistics, FeatureStream, frechet_di
 from cfld.evaluation.metric_networks import FEATURE_DIM, MetricNetworks, network_sha256
 from cfld.evaluation.metrics import PAIR_METRICS, pair_metrics
 from cfld.evaluation.photo_source import PhotoSource
+from cfld.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -250,11 +251,8 @@ def _cache_key(photos: PhotoSource, size: tuple[int, int], network: torch.nn.Mod
 
 
 def _save_statistics(path: Path, statistics: FeatureStatistics) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    with partial.open("wb") as file:
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
         np.savez(file, **vars(statistics))
-    partial.replace(path)
 
 
 def _load_statistics(path: Path) -> FeatureStatistics:

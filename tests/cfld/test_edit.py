@@ -215,7 +215,7 @@ def test_an_animation_holds_all_frames(weights, folder, suffix):
         assert animation.info["loop"] == 0
         animation.load()
         assert animation.info["duration"] == 80
-    assert not list(folder.glob("*unfinished*"))
+    assert not list(folder.glob(".*"))
 
 
 def test_unfit_walks_are_found_before_work_starts(weights, folder, caplog):

@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cfld.generate import main
-from cfld.generation_jobs import check_output, save_image
 from cfld.keypoint_writers import write_openpose_json, write_patn_csv
 from cfld.pose import draw_skeleton
+from cfld.user_inputs import check_output, save_image
 from preprocessing.figures import draw_figure
 
 FIRST, SECOND, THIRD = (draw_figure(0, image, size=(96, 64), seed=0) for image in range(3))
@@ -176,7 +176,7 @@ def test_wrong_input_is_found_before_work_starts(weights, folder, tmp_path, capl
         ((*good, "--weights", "nowhere"), "nowhere: no weights of this project"),
         ((*good, "--weights", stranger), "holds a StableDiffusionPipeline, not a CFLDPipeline"),
         ((*good, "--weights", incomplete), "incomplete: cannot be loaded"),
-        ((*good, "--scheduler", "fast"), "--scheduler fast: choose one of ddim, ddpm"),
+        ((*good, "--scheduler", "fast"), "--scheduler fast: choose one of ddim, ddim"),
         ((*good, "--device", "toaster"), "--device toaster"),
         ((*good, "--pose-frame", "9", "9"), "do not lie in a frame of height, width (9, 9)"),
         (("--table", folder / "none.csv"), "none.csv: cannot be read as a table"),
@@ -194,8 +194,8 @@ def test_wrong_input_is_found_before_work_starts(weights, folder, tmp_path, capl
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--scheduler", "eulerancestraldiscrete"), "prediction_type not implemented yet: sample"),
-        (("--scheduler", "pndm", "--steps", "1"), "--steps 1: the scheduler pndm cannot take them"),
+        (("--scheduler", "pndm"), "--scheduler pndm: choose one of ddim, ddimparallel"),
+        (("--scheduler", "LCMScheduler", "--steps", "60"), "--steps 60: the scheduler lcm cannot"),
         (("--steps", "2000"), "--steps 2000: the scheduler ddpm cannot take them"),
     ],
 )

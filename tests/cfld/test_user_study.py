@@ -179,6 +179,22 @@ def test_methods_of_one_name(folders: Path, caplog: pytest.LogCaptureFixture) ->
     assert "1 to 9 methods of different names" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "arguments", [("--num-images", "0"), ("--seed", "-1"), ("--size", "0", "9")]
+)
+def test_wrong_usage(folders: Path, arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        make(folders, *arguments)
+
+
+def test_scores_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "answers.json").write_text(json.dumps(answers()))
+    (tmp_path / "folder").mkdir()
+    command = ["score", str(tmp_path / "answers.json"), "--output", str(tmp_path / "folder")]
+    assert main(command) == 1
+    assert "stopped: " in caplog.text
+
+
 def answers(**changes: object) -> dict:
     truth = {"method": "A", "truth": ["real", "generated", "real"]}
     seal = base64.b64encode(zlib.compress(json.dumps(truth).encode())).decode()
