@@ -50,11 +50,7 @@ def in_rows(tiles: Sequence[Tile], columns: int) -> list[Sequence[Tile]]:
 
 def join_strip(frames: Sequence[Image.Image]) -> Image.Image:
     """Frames of one size from left to right, without gaps."""
-    width, height = frames[0].size
-    strip = Image.new("RGB", (width * len(frames), height))
-    for place, frame in enumerate(frames):
-        strip.paste(frame, (place * width, 0))
-    return strip
+    return Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames], axis=1))
 
 
 def _stretched(picture: UInt8[np.ndarray, "_ _ 3"], size: tuple[int, int]) -> Image.Image:

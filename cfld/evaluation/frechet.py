@@ -11,10 +11,6 @@ from jaxtyping import Float, Float64
 _MERGE_SIZE = 512
 
 
-class TooFewImagesError(ValueError):
-    """A set of fewer than two images has no covariance, hence no Fréchet distance."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class FeatureStatistics:
     """Count, mean and scatter matrix (sum of outer products of deviations) of a set of features.
@@ -55,10 +51,10 @@ class FeatureStatistics:
         """The sample covariance.
 
         Raises:
-            TooFewImagesError: If the set holds fewer than two images.
+            ValueError: If the set holds fewer than two images.
         """
         if self.count < 2:
-            raise TooFewImagesError(
+            raise ValueError(
                 f"a Fréchet distance needs at least 2 images on either side, here there is "
                 f"{self.count}; score a larger set or leave FID out"
             )
@@ -96,7 +92,7 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     no root of a product that may be singular, so it is exact for few samples too.
 
     Raises:
-        TooFewImagesError: If a set holds fewer than two images.
+        ValueError: If a set holds fewer than two images.
     """
     delta = first.mean - second.mean
     root_1, root_2 = _root(first), _root(second)

@@ -2,11 +2,14 @@
 
 Images are RGB in [0, 1]. The SSIMs differ in window, covariance and data range, hence the names:
 
-| name | window | covariance | data range | used by |
-|---|---|---|---|---|
-| `ssim_paper` | uniform, 51 | sample | 1 | CFLD's tables (NTED's protocol) |
-| `ssim_256` | Gaussian, sigma 1.5 | population | max - min of the generated image | PATN's heirs |
-| `ssim` | Gaussian, sigma 1.5 | population | 1 | Wang et al. 2004: the usual one |
+| name | values | window | covariance | data range | used by |
+|---|---|---|---|---|---|
+| `psnr` | dB, infinite for equal images | | | 1 | all |
+| `ssim_paper` | [-1, 1] | uniform, 51 | sample | 1 | CFLD's tables (NTED's protocol) |
+| `ssim_256` | [-1, 1] | Gaussian, sigma 1.5 | population | generated max - min | PATN's heirs |
+| `ssim` | [-1, 1] | Gaussian, sigma 1.5 | population | 1 | Wang et al. 2004: the usual one |
+
+So `ssim_256` judges a dull image more severely than `ssim`; of a single colour it is NaN.
 """
 
 from __future__ import annotations
@@ -35,41 +38,6 @@ _UNIFORM = np.full(51, 1 / 51)
 _GAUSSIAN = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
 _GAUSSIAN /= _GAUSSIAN.sum()
 _TO_SAMPLE_COVARIANCE = 51**2 / (51**2 - 1)
-
-
-def psnr(generated: Images, target: Images) -> PerImage:
-    """Peak signal-to-noise ratio in dB for a data range of 1; infinite for equal images."""
-    return pair_metrics(generated, target, ["psnr"])["psnr"]
-
-
-def ssim_paper(generated: Images, target: Images) -> PerImage:
-    """SSIM of the paper's tables, in [-1, 1]: uniform window of 51 pixels, sample covariance.
-
-    Raises:
-        ValueError: If the images are smaller than the window.
-    """
-    return pair_metrics(generated, target, ["ssim_paper"])["ssim_paper"]
-
-
-def ssim_256(generated: Images, target: Images) -> PerImage:
-    """SSIM of older pose-transfer work, in [-1, 1]; NaN if the generated image has one colour only.
-
-    Its data range is the generated image's own max - min, so a dull image is judged more severely
-    than by `ssim`.
-
-    Raises:
-        ValueError: If the images are smaller than the window.
-    """
-    return pair_metrics(generated, target, ["ssim_256"])["ssim_256"]
-
-
-def ssim(generated: Images, target: Images) -> PerImage:
-    """The usual SSIM, in [-1, 1]: Gaussian window, population covariance, data range 1.
-
-    Raises:
-        ValueError: If the images are smaller than the window.
-    """
-    return pair_metrics(generated, target, ["ssim"])["ssim"]
 
 
 def pair_metrics(

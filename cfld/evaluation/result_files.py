@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +29,10 @@ KNOWN_PATTERNS = {
 
 NUM_NAMES_SHOWN = 10
 
-_WITH_ALPHA = ("RGB with an opaque alpha channel", "transparent")
+_GREYSCALE = "greyscale"
+_OPAQUE = "RGB with an opaque alpha channel"
+_TRANSPARENT = "transparent"
+_UNREADABLE = "unreadable"
 
 
 class ResultError(ValueError):
@@ -116,74 +119,51 @@ def name_of(pair: Pair) -> str:
     return PATTERN.format(source=pair[0], target=pair[1])
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileProblems:
-    """What is wrong with result files, as file names by kind, and what a report must mention."""
-
-    unreadable: Mapping[str, str]
-    transparent: tuple[str, ...]
-    sizes: Mapping[tuple[int, int], tuple[str, ...]]
-    notes: tuple[str, ...]
-
-
-def inspect_results(results: ResultFiles, panel: Panel) -> FileProblems:
-    """Look at every file's header, and at the pixels of alpha channels, before work starts.
-
-    Greyscale and wholly opaque images are taken as RGB and noted. `sizes` are (height, width) of
-    the panel.
-    """
-    with ThreadPoolExecutor() as pool:
-        found = dict(
-            zip(results.files.values(), pool.map(_inspect, results.files.values()), strict=True)
-        )
-    names = {path: str(path.relative_to(results.folder)) for path in found}
-    sizes: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for path, header in found.items():
-        if header.error is None:
-            sizes[(header.height, header.width // panel.count)].append(names[path])
-    kinds = Counter(header.kind for header in found.values())
-    return FileProblems(
-        unreadable={names[p]: header.error for p, header in found.items() if header.error},
-        transparent=tuple(names[p] for p, header in found.items() if header.kind == _WITH_ALPHA[1]),
-        sizes={size: tuple(each) for size, each in sizes.items()},
-        notes=tuple(
-            f"{kinds[kind]} generated images are {kind}; taken as RGB"
-            for kind in ("greyscale", _WITH_ALPHA[0])
-            if kinds[kind]
-        ),
-    )
-
-
 def check_results(
     results: ResultFiles, size: tuple[int, int], panel: Panel, *, resize: bool, allow_missing: bool
 ) -> tuple[str, ...]:
     """Return what a report must mention about result files that can be scored at a size.
 
+    Looks at every file's header, and at the pixels of alpha channels. Greyscale and wholly opaque
+    images are taken as RGB. Sizes are (height, width) of the panel.
+
     Raises:
         ResultError: If some are unreadable, transparent, or without `resize` of another size, or
             without `allow_missing` missing or left over; it names them all.
     """
-    problems = inspect_results(results, panel)
+    paths = list(results.files.values())
+    with ThreadPoolExecutor() as pool:
+        headers = dict(zip(paths, pool.map(_inspect, paths), strict=True))
+    names = {path: str(path.relative_to(results.folder)) for path in paths}
+    of_kind: dict[str, list[str]] = defaultdict(list)
+    of_size: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for path, header in headers.items():
+        of_kind[header.kind].append(names[path])
+        if header.kind != _UNREADABLE:
+            of_size[(header.height, header.width // panel.count)].append(names[path])
     faults = []
-    if problems.unreadable:
-        faults.append(_listed("are no readable images", sorted(problems.unreadable)))
-    if problems.transparent:
-        faults.append(
-            _listed("have transparent pixels; lay them over a background", problems.transparent)
-        )
-    wrong = {each: names for each, names in problems.sizes.items() if each != size}
+    if unreadable := of_kind[_UNREADABLE]:
+        faults.append(_listed("are no readable images", sorted(unreadable)))
+    if transparent := of_kind[_TRANSPARENT]:
+        faults.append(_listed("have transparent pixels; lay them over a background", transparent))
+    wrong = {found: each for found, each in of_size.items() if found != size}
     if not resize:
-        faults += [_listed(_size_hint(each, size), names) for each, names in wrong.items()]
+        faults += [_listed(_size_hint(found, size), each) for found, each in wrong.items()]
     if not allow_missing:
-        for kind, names in (("are missing", results.missing), ("fit no pair", results.surplus)):
-            if names:
-                faults.append(_listed(f"{kind}; --allow-missing scores the others", names))
+        for kind, each in (("are missing", results.missing), ("fit no pair", results.surplus)):
+            if each:
+                faults.append(_listed(f"{kind}; --allow-missing scores the others", each))
     if faults:
         raise ResultError("\n".join(f"{results.folder}: {fault}" for fault in faults))
+    notes = [
+        f"{len(of_kind[kind])} generated images are {kind}; taken as RGB"
+        for kind in (_GREYSCALE, _OPAQUE)
+        if of_kind[kind]
+    ]
     if wrong:
         count = sum(map(len, wrong.values()))
-        return (*problems.notes, f"{count} generated images were resized from {sorted(wrong)}")
-    return problems.notes
+        notes.append(f"{count} generated images were resized from {sorted(wrong)}")
+    return tuple(notes)
 
 
 def read_panel(path: Path, panel: Panel) -> UInt8[np.ndarray, "height width 3"]:
@@ -211,7 +191,6 @@ class _Header:
     height: int
     width: int
     kind: str
-    error: str | None = None
 
 
 def _inspect(path: Path) -> _Header:
@@ -220,18 +199,18 @@ def _inspect(path: Path) -> _Header:
             kind = "RGB"
             if image.has_transparency_data:
                 opaque = image.convert("RGBA").getchannel("A").getextrema() == (255, 255)
-                kind = _WITH_ALPHA[0] if opaque else _WITH_ALPHA[1]
+                kind = _OPAQUE if opaque else _TRANSPARENT
             elif image.mode in ("L", "1", "I", "I;16", "F"):
-                kind = "greyscale"
+                kind = _GREYSCALE
             header = _Header(image.height, image.width, kind)
             # A truncated PNG fails its checksums; for other formats Pillow must decode to know.
-            if image.format == "PNG" and kind not in _WITH_ALPHA:
+            if image.format == "PNG" and kind not in (_OPAQUE, _TRANSPARENT):
                 image.verify()
             else:
                 image.load()
             return header
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return _Header(0, 0, "unreadable", str(error) or type(error).__name__)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return _Header(0, 0, _UNREADABLE)
 
 
 def _assign(
