@@ -48,13 +48,17 @@ class Conditioner(ModelMixin, ConfigMixin):
         """
         # By default weights begin on the meta device, where timm's Swin would leave its masks.
         options |= {"low_cpu_mem_usage": False, "output_loading_info": True}
-        conditioner, found = super().from_pretrained(*arguments, **options)
+        device_map = options.pop("device_map", None)  # which needs the meta device
+        with torch.random.fork_rng(devices=[]):  # for the random weights that are replaced
+            conditioner, found = super().from_pretrained(*arguments, **options)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if found[problem]:
                 names = sorted(map(str, found[problem]))
                 raise ValueError(
                     f"{arguments[0]}: {len(names)} {problem.replace('_', ' ')}, such as {names[0]}"
                 )
+        if device_map is not None:
+            conditioner.to(device_map[""] if isinstance(device_map, dict) else device_map)
         return conditioner
 
     @cached_property

@@ -51,7 +51,8 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 class CFLDPipeline(DiffusionPipeline):
     """Pose-guided person image synthesis (CFLD).
 
-    `conditioner` holds S, D, A and P, `unet` N. Everything else is as in diffusers' own pipelines.
+    `conditioner` holds S, D, A and P, `unet` N. Everything else is as in diffusers' own pipelines,
+    but that only this class loads them: `DiffusionPipeline.from_pretrained` knows diffusers' own.
     """
 
     model_cpu_offload_seq = "conditioner->unet->vae"

@@ -94,6 +94,13 @@ def test_weights_that_lack_a_tensor_are_refused(micro, build, tmp_path, componen
         load(tmp_path)
 
 
+def test_loading_places_components_and_leaves_the_random_state(pixels, weights):
+    state = torch.random.get_rng_state()
+    placed = load(weights, device_map="cpu")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert difference(generate(placed), generate(pixels)) < 5e-4
+
+
 def test_half_precision_survives_saving(pixels, tmp_path):
     pixels.save_pretrained(tmp_path)
     half = load(tmp_path, torch_dtype=torch.bfloat16)
