@@ -36,10 +36,14 @@ class KeypointsError(ValueError):
 
 @dataclass(frozen=True)
 class ImagePeople:
-    """The people that a file lists for one image; at least one joint of each is found."""
+    """The people that a file lists for one image; at least one joint of each is found.
+
+    `row` is the csv's, None for other formats.
+    """
 
     name: str
     people: Float32[np.ndarray, "people 18 3"]
+    row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,12 +104,12 @@ def read_keypoints(path: str | Path) -> Iterator[ImagePeople | BadRow]:
                 yield from _parse_patn(file)
                 return
             content = json.loads(first + file.read())
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise KeypointsError(
                 f"{path}: neither a csv with the header {PATN_HEADER!r} nor JSON ({error})"
             ) from error
     if isinstance(content, Mapping) and "people" in content:
-        name = str(path).rsplit("/", 1)[-1].removesuffix(".json").removesuffix("_keypoints")
+        name = re.sub(r"(_keypoints)?\.json$", "", str(path).rpartition("/")[2], flags=re.I)
         yield ImagePeople(name, _parse_openpose(content, path))
     elif isinstance(content, list) or (isinstance(content, Mapping) and "annotations" in content):
         yield from _parse_coco(content, path)
@@ -160,10 +164,10 @@ def _parse_patn(lines: Iterable[str]) -> Iterator[ImagePeople | BadRow]:
             if any((axis[axis < 0] != -1).any() for axis in (x, y)):
                 raise ValueError("has a negative coordinate other than -1 (missing)")
             points = np.column_stack((x, y, (x >= 0) & (y >= 0)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield BadRow(row, str(error))
         else:
-            yield ImagePeople(name, _with_joints(_mark_missing(points)[None]))
+            yield ImagePeople(name, _with_joints(_mark_missing(points)[None]), row)
 
 
 def _parse_openpose(
@@ -203,7 +207,7 @@ def _parse_coco(content: Any, path: str | Path) -> Iterator[ImagePeople | BadRow
         names = {image["id"]: str(image["file_name"]) for image in images}
     except KeyError as error:
         raise KeypointsError(f"{path}: an entry of 'images' has no key {error}") from error
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise KeypointsError(f"{path}: {error}") from error
     people: dict[Any, list[np.ndarray]] = {image_id: [] for image_id in names}
     for number, entry in enumerate(entries, start=1):

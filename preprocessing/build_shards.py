@@ -15,6 +15,7 @@ from cfld.keypoints import KeypointsError
 from cfld.openpose import PoseNetworkError
 from preprocessing.check import check
 from preprocessing.datasets import DATASETS
+from preprocessing.files import list_folder, resolve
 from preprocessing.job import JobResult, run_job
 from preprocessing.job_settings import (
     ORIGINAL,
@@ -168,7 +169,10 @@ def _files(path: str) -> list[str]:
     fs, place = url_to_fs(path)
     if not fs.isdir(place):
         return [path]
-    return [fs.unstrip_protocol(file) for file in sorted(fs.glob(f"{place}/*.json"))]
+    names = [name for name in list_folder(path)[1] if name.lower().endswith(".json")]
+    if not names:
+        raise SettingsError(f"--keypoints {path}: there is no .json file in this folder")
+    return [f"{resolve(path)}/{name}" for name in names]
 
 
 def _check(settings: JobSettings) -> int:

@@ -46,7 +46,7 @@ from preprocessing.ray_session import ray_session
 from preprocessing.rejects import rejects_table
 from preprocessing.shard_plan import PlannedShard, plan_shards
 from preprocessing.shard_stage import (
-    PHOTO_SCHEMA,
+    PHOTO_COLUMNS,
     RECORDS_FOLDER,
     ShardOrder,
     build_shard,
@@ -206,7 +206,7 @@ class _Job:
                 jpeg_quality=self.settings.jpeg_quality,
             )
             rows = keypoints.join(photos, shard.start, shard.num_photos)
-            rows = rows.select(PHOTO_SCHEMA.names).combine_chunks()
+            rows = rows.select(PHOTO_COLUMNS).combine_chunks()
             yield task.remote(self.store, order, rows), shard.num_photos
 
 

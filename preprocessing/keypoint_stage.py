@@ -125,16 +125,10 @@ class FoundKeypoints:
 
     def rejects(self, photos: pa.Table) -> pa.Table:
         """Return the rejects of photos that this stage could not read or decode."""
-        reasons = self.table["reason"].take(self.rows)
-        bad = photos.filter(pc.is_valid(reasons)).combine_chunks()
-        found = self.table.take(self.rows.filter(pc.is_valid(reasons).combine_chunks()))
+        is_bad = pc.is_valid(self.table["reason"].take(self.rows))
+        bad, found = photos.filter(is_bad), self.table.take(pc.filter(self.rows, is_bad))
         return rejects_of_columns(
-            "keypoints",
-            found["reason"].combine_chunks(),
-            bad["path"].combine_chunks(),
-            name=bad["name"].combine_chunks(),
-            detail=found["detail"].combine_chunks(),
-            num_rows=bad.num_rows,
+            "keypoints", found["reason"], bad["path"], name=bad["name"], detail=found["detail"]
         )
 
 

@@ -32,14 +32,16 @@ class Photo:
 class Reject:
     """Something that was left out: where it came from, at which stage, and why.
 
-    `reason` is one snake_case word group that can be counted; `detail` is for people. Both texts
-    are kept printable: bytes of a file name that are no UTF-8 become backslash escapes.
+    `reason` is one snake_case word group that can be counted; `detail` is for people. `path` and
+    `detail` are kept printable: bytes of a file name that are no UTF-8 become backslash escapes.
+    `name` is the photo's, if it has one.
     """
 
     path: str
     stage: str
     reason: str
     detail: str = ""
+    name: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("path", "detail"):

@@ -77,28 +77,23 @@ class PhotoListing:
 
 def list_dataset(items: Iterable[Photo | Reject]) -> PhotoListing:
     """Put what an adapter yields into a sorted table; of several photos of one name the first."""
-    rejects: list[tuple[Reject, str | None]] = []
+    rejects: list[Reject] = []
     iterator = iter(items)
     batches = []
     while chunk := list(islice(iterator, _NUM_BATCH)):
         rows = []
         for item in chunk:
             if isinstance(item, Reject):
-                rejects.append((item, None))
+                rejects.append(item)
             elif not _is_text(item):
-                reject = Reject(path=item.path, stage="listing", reason="undecodable_name")
-                rejects.append((reject, None))
+                rejects.append(Reject(path=item.path, stage="listing", reason="undecodable_name"))
             else:
                 rows.append(_row(item))
         batches.append(pa.RecordBatch.from_pylist(rows, _SCHEMA))
     photos = pa.Table.from_batches(batches, _SCHEMA)
     photos, repeated = keep_first(photos)
     duplicates = rejects_of_columns(
-        "listing",
-        "duplicate_name",
-        repeated["path"].combine_chunks(),
-        name=repeated["name"].combine_chunks(),
-        num_rows=repeated.num_rows,
+        "listing", "duplicate_name", repeated["path"], name=repeated["name"]
     )
     order = [(column, "ascending") for column in ("split", "person", "name")]
     photos = photos.sort_by(order)

@@ -74,13 +74,14 @@ def read_pair_list(path: str) -> PairList:
                 sources.append(names[0])
                 targets.append(names[1])
             elif any(names):
-                reject = Reject(
-                    path=f"{path}:{number}",
-                    stage="pairs",
-                    reason="malformed_row",
-                    detail=f"{','.join(row)[:200]!r} is not of the form from,to",
+                rejects.append(
+                    Reject(
+                        path=f"{path}:{number}",
+                        stage="pairs",
+                        reason="malformed_row",
+                        detail=f"{','.join(row)[:200]!r} is not of the form from,to",
+                    )
                 )
-                rejects.append((reject, None))
     return PairList(
         pa.array(sources, pa.string()), pa.array(targets, pa.string()), rejects_table(rejects)
     )
@@ -114,7 +115,6 @@ def find_listed_pairs(
         pa.array(reasons[is_reject].tolist(), pa.string()),
         path,
         detail=pc.binary_join_element_wise(*(side.filter(mask) for side in sides), ","),
-        num_rows=int(is_reject.sum()),
     )
     return pairs[is_pair], rejects
 
@@ -157,14 +157,13 @@ def explain_unpaired(images: pa.Table, pairs: pa.Table) -> pa.Table:
     person_ids = number_persons(images)
     num_valid = np.bincount(person_ids, weights=images["is_valid"].to_numpy(), minlength=1)
     is_alone = num_valid[person_ids[is_unpaired]] < 2
-    unpaired = images.filter(pa.array(is_unpaired)).combine_chunks()
+    unpaired = images.filter(pa.array(is_unpaired))
     valid_reasons = pc.if_else(pa.array(is_alone), "single_image", "not_in_pair_list")
     return rejects_of_columns(
         "pairs",
-        pc.coalesce(unpaired["invalid_reason"], valid_reasons).combine_chunks(),
-        unpaired["path"].combine_chunks(),
-        name=unpaired["name"].combine_chunks(),
-        num_rows=unpaired.num_rows,
+        pc.coalesce(unpaired["invalid_reason"], valid_reasons),
+        unpaired["path"],
+        name=unpaired["name"],
         is_stored=True,
     )
 

@@ -3,47 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TypeAlias
 
 import pyarrow as pa
 
 from preprocessing.listing import Reject
 from shards.format import REJECTS_SCHEMA
 
+_Column: TypeAlias = pa.Array | pa.ChunkedArray
 
-def rejects_table(rejects: Iterable[tuple[Reject, str | None]]) -> pa.Table:
-    """Make rows of (reject, photo name), for things that are not in the shards."""
-    rows = [
-        {
-            "path": reject.path,
-            "name": name,
-            "stage": reject.stage,
-            "reason": reject.reason,
-            "detail": reject.detail,
-            "is_stored": False,
-        }
-        for reject, name in rejects
-    ]
+
+def rejects_table(rejects: Iterable[Reject]) -> pa.Table:
+    """Make rows of things that are not in the shards."""
+    rows = [asdict(reject) | {"is_stored": False} for reject in rejects]
     return pa.Table.from_pylist(rows, REJECTS_SCHEMA)
 
 
 def rejects_of_columns(
     stage: str,
-    reason: str | pa.Array,
-    path: str | pa.Array,
+    reason: str | _Column,
+    path: str | _Column,
     *,
-    name: pa.Array | None = None,
-    detail: str | pa.Array = "",
-    num_rows: int,
+    name: _Column | None = None,
+    detail: str | _Column = "",
     is_stored: bool = False,
 ) -> pa.Table:
-    """Make rows from columns or values that hold for all rows: no Python object per row."""
+    """Make rows from columns, one at least, and values that hold for all rows."""
+    values = (path, name, stage, reason, detail, is_stored)
+    num_rows = next(len(value) for value in values if isinstance(value, _Column))
 
-    def column(value: str | bool | pa.Array | None) -> pa.Array:
-        if isinstance(value, pa.Array):
+    def column(value: str | bool | _Column | None) -> _Column:
+        if isinstance(value, _Column):
             return value
         return pa.nulls(num_rows, pa.string()) if value is None else pa.repeat(value, num_rows)
 
-    values = (path, name, stage, reason, detail, is_stored)
     return pa.table([column(value) for value in values], schema=REJECTS_SCHEMA)
 
 

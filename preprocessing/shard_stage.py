@@ -47,21 +47,10 @@ _FINE_COLOUR_BELOW = 256
 _OUTSIDE_TOLERANCE = 0.05
 
 # A photo as this stage needs it. Keypoints refer to a frame (height, width), null: the photo's own.
-PHOTO_SCHEMA = pa.schema(
-    [
-        pa.field("path", pa.string()),
-        pa.field("key", pa.string()),
-        pa.field("name", pa.string()),
-        pa.field("person", pa.string()),
-        pa.field("split", pa.string()),
-        pa.field("view", pa.string()),
-        pa.field("is_pairable", pa.bool_()),
-        pa.field("keypoints", pa.list_(pa.float32())),
-        pa.field("frame_height", pa.int32()),
-        pa.field("frame_width", pa.int32()),
-        pa.field("num_people", pa.int32()),
-    ]
-)
+PHOTO_COLUMNS = (
+    "path", "key", "name", "person", "split", "view", "is_pairable",
+    "keypoints", "frame_height", "frame_width", "num_people",
+)  # fmt: skip
 
 # The rows of the index, and what the rejects table needs of them.
 RECORD_SCHEMA = INDEX_SCHEMA.append(pa.field("path", pa.string())).append(
@@ -93,16 +82,16 @@ class StoredImage:
 def build_shard(store: Store, order: ShardOrder, photos: pa.Table) -> int:
     """Write a shard, then its record, whose existence says "done"; return the number of images.
 
-    Photos that cannot be read are left out and noted. `photos` has the columns of `PHOTO_SCHEMA`.
+    Photos that cannot be read are left out and noted. `photos` has the `PHOTO_COLUMNS`.
     """
     rows: list[dict[str, Any]] = []
-    rejects: list[tuple[Reject, str]] = []
+    rejects: list[Reject] = []
     paths = photos["path"].to_pylist()
     with store.new_file(order.name) as file, ShardWriter(file) as tar:
         for data, photo in zip(read_ahead(paths), photos.to_pylist(), strict=True):
             image = _try_to_store(data, order)
             if isinstance(image, ImageError):
-                rejects.append((_reject(photo, image), photo["name"]))
+                rejects.append(_reject(photo, image))
             else:
                 rows.append(_add_sample(tar, order, photo, image))
         shard = tar.finish(order.name, order.split, len(rows))
@@ -185,7 +174,13 @@ def _try_to_store(data: Future[bytes], order: ShardOrder) -> StoredImage | Image
 
 
 def _reject(photo: Mapping[str, Any], error: ImageError) -> Reject:
-    return Reject(path=photo["path"], stage="shards", reason=error.reason, detail=error.detail)
+    return Reject(
+        path=photo["path"],
+        stage="shards",
+        reason=error.reason,
+        detail=error.detail,
+        name=photo["name"],
+    )
 
 
 def _add_sample(

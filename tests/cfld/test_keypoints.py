@@ -71,6 +71,7 @@ class TestPatn:
             (f": {[1] * 18}: {[1] * 18}", "is not of the form"),
             (f"a.jpg: {[1] * 17}: {[1] * 18}", "17 values, expected 18"),
             ("a.jpg: 3: 4", "no list, expected 18"),
+            ("a.jpg: " + "[" * 100_000 + ": [1]", "recursion"),
             (f"a.jpg: {[1] * 18}: [1, 2", "delimiter"),
             (f"a.jpg: {[10**300] * 18}: {[1] * 18}", "other than finite numbers"),
             (f"a.jpg: {['x'] * 18}: {[1] * 18}".replace("'", '"'), "other than finite numbers"),
@@ -214,6 +215,7 @@ class TestCoco:
             ({"annotations": {}}, "key 'annotations' is not a list"),
             ({"annotations": [], "images": [1]}, "key 'images' is not a list of objects"),
             ({"annotations": [], "images": [{"id": 1}]}, "'images' has no key 'file_name'"),
+            ({"annotations": [], "images": [{"id": [1], "file_name": "x"}]}, "unhashable"),
         ],
     )
     def test_unusable_file_is_a_clear_error(self, tmp_path, content, message):
@@ -257,6 +259,12 @@ class TestReadPose:
         (tmp_path / "b.csv").write_bytes(b"from,to\n\xff\x00")
         with pytest.raises(KeypointsError, match=re.escape("b.csv: neither a csv with the header")):
             read_pose(str(tmp_path / "b.csv"))
+
+    @pytest.mark.parametrize("content", ['{"people": [', "[" * 100_000, "9" * 5_000])
+    def test_broken_json(self, tmp_path, content):
+        (tmp_path / "b.json").write_text(content)
+        with pytest.raises(KeypointsError, match=r"b\.json: neither a csv with the header"):
+            read_pose(str(tmp_path / "b.json"))
 
     def test_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"b\.csv"):

@@ -19,7 +19,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from cfld.images import ImageError, decode_image
-from cfld.keypoint_writers import write_patn_csv
+from cfld.keypoint_writers import write_coco_json, write_openpose_json, write_patn_csv
+from cfld.keypoints import ImagePeople, KeypointsError
 from preprocessing.build_shards import main
 from preprocessing.listing import Photo, Reject
 from preprocessing.listing_stage import list_dataset
@@ -209,7 +210,9 @@ def test_rows_of_a_keypoint_file_that_lead_nowhere_are_noted(outcome: Outcome) -
     of_file = [row for row in rows if row["stage"] == "keypoints"]
     details = {(row["reason"], row["detail"]) for row in of_file}
     assert ("no_such_image", "train/gone.jpg") in details
-    assert ("listed_twice", "the first entry counts") in details
+    again = [row for row in of_file if row["reason"] == "listed_twice"]
+    assert [row["detail"] for row in again] == ["train/bad/truncated.jpg: the first entry counts"]
+    assert all(row["path"].rpartition(":")[2].isdecimal() for row in of_file)
     malformed = [row for row in of_file if row["reason"] == "malformed_row"]
     assert len(malformed) == 2
     assert all(":" in row["path"] for row in malformed)
@@ -314,11 +317,64 @@ def test_photos_come_in_order_however_many(tmp_path: Path) -> None:
         next(futures).result()
 
 
+NONE = pa.array([], pa.string())
+
+
 def test_keypoint_names_match_by_file_name_only_where_that_is_unique(tmp_path: Path) -> None:
     path = tmp_path / "keypoints.csv"
     keypoints = np.ones((18, 3), np.float32)
-    write_patn_csv(path, [(name, keypoints) for name in ("a.jpg", "b", "c", "p/d.jpg")])
+    write_patn_csv(path, [(name, keypoints) for name in ("a.jpg", "b", "c", "p/d.jpg", "e.jpg")])
     names = pa.array(["p/a.jpg", "p/b.png", "p/c.jpg", "q/c.jpg", "p/d.jpg"])
-    found, rejects = read_published([str(path)], None, names, pa.array([], pa.string()))
+    found, rejects = read_published([str(path)], None, names, NONE)
     assert found["name"].to_pylist() == ["p/a.jpg", "p/b.png", "p/d.jpg"]
-    assert rejects["detail"].to_pylist() == ["c"]
+    assert [(row["path"], row["reason"], row["detail"]) for row in rejects.to_pylist()] == [
+        (f"{path}:4", "ambiguous_name", "c"), (f"{path}:6", "no_such_image", "e.jpg"),
+    ]  # fmt: skip
+
+
+def test_a_selection_does_not_change_whose_keypoints_a_file_holds(tmp_path: Path) -> None:
+    path = tmp_path / "1_keypoints.json"
+    write_openpose_json(path, np.full((1, 18, 3), 9, np.float32))
+    selected, other = pa.array(["a/1.jpg"]), pa.array(["b/1.jpg"])
+    found, rejects = read_published([str(path)], None, selected, other)
+    assert (found.num_rows, rejects["reason"].to_pylist()) == (0, ["ambiguous_name"])
+    found, rejects = read_published([str(path)], None, pa.array(["a/2.jpg"]), other)
+    assert (found.num_rows, rejects.num_rows) == (0, 0)
+
+
+def test_a_coco_files_numbers_need_no_leading_zeros(tmp_path: Path) -> None:
+    people = [ImagePeople("139", np.full((1, 18, 3), 9, np.float32))]
+    write_coco_json(tmp_path / "results.json", people, as_results=True)
+    names = pa.array(["p/000000000139.jpg", "p/000000001390.jpg"])
+    found, _ = read_published([str(tmp_path / "results.json")], None, names, NONE)
+    assert found["name"].to_pylist() == ["p/000000000139.jpg"]
+
+
+def test_one_malformed_file_of_several_is_a_reject(tmp_path: Path) -> None:
+    good, bad = str(tmp_path / "a.json"), str(tmp_path / "b.json")
+    write_openpose_json(good, np.full((1, 18, 3), 9, np.float32))
+    Path(bad).write_text('{"people": [')
+    found, rejects = read_published([bad, good], None, pa.array(["a.jpg"]), NONE)
+    assert found["name"].to_pylist() == ["a.jpg"]
+    (reject,) = rejects.to_pylist()
+    assert (reject["path"], reject["reason"]) == (bad, "malformed_file")
+    with pytest.raises(KeypointsError, match=r"b\.json: neither a csv"):
+        read_published([bad], None, pa.array(["a.jpg"]), NONE)
+
+
+def test_a_folder_of_keypoints_is_listed_whatever_its_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    poses, photos = tmp_path / "poses[1]", tmp_path / "photos"
+    poses.mkdir()
+    words = ["--dataset", "folder", "--root", photos, "--output", tmp_path / "out"]
+    words += ["--keypoints", poses]
+    assert main([str(word) for word in words]) == 2
+    assert "poses[1]: there is no .json file in this folder" in caplog.text
+    for name in ("1.jpg", "2.jpg"):
+        (photos / "p").mkdir(parents=True, exist_ok=True)
+        (photos / "p" / name).write_bytes(encoded(PICTURE, "JPEG"))
+        points = np.concatenate([np.arange(5, 41).reshape(18, 2), np.ones((18, 1))], axis=1)
+        write_openpose_json(poses / f"{name[0]}_keypoints.JSON", points[None].astype(np.float32))
+    assert main([str(word) for word in words]) == 0
+    assert open_shards(str(tmp_path / "out")).read_pairs().num_rows == 2
