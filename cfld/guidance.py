@@ -28,7 +28,7 @@ class GuidedConditioning:
     """The conditioning of all terms as one batch, and their weights."""
 
     conditioning: Conditioning
-    weights: tuple[float, ...]
+    weights: Float[Tensor, " terms"]
 
 
 def cumulative_terms(pose_scale: float = 2.0, appearance_scale: float = 2.0) -> tuple[Term, ...]:
@@ -41,15 +41,6 @@ def cumulative_terms(pose_scale: float = 2.0, appearance_scale: float = 2.0) -> 
         Term(prompt=False, pose=False, appearance=False, weight=1 - pose_scale),
         Term(prompt=False, pose=True, appearance=False, weight=pose_scale - appearance_scale),
         Term(prompt=True, pose=True, appearance=True, weight=appearance_scale),
-    )
-    return tuple(term for term in terms if term.weight)
-
-
-def prompt_terms(scale: float) -> tuple[Term, ...]:
-    """Guidance by the prompt alone, for weights trained by dropping the prompt alone."""
-    terms = (
-        Term(prompt=False, pose=True, appearance=True, weight=1 - scale),
-        Term(prompt=True, pose=True, appearance=True, weight=scale),
     )
     return tuple(term for term in terms if term.weight)
 
@@ -79,7 +70,7 @@ def guide(model: CFLD, conditioning: Conditioning, terms: tuple[Term, ...]) -> G
     )
     return GuidedConditioning(
         conditioning=model.precompute_keys_values(tiled),
-        weights=tuple(term.weight for term in terms),
+        weights=torch.tensor([term.weight for term in terms], device=device),
     )
 
 
@@ -90,8 +81,8 @@ def guided_prediction(
     guided: GuidedConditioning,
 ) -> Latents:
     """The weighted sum of the terms' predictions, in the type of the latents."""
-    weights = torch.tensor(guided.weights, device=noisy_latents.device)
-    inputs = repeat(noisy_latents, "b ... -> (terms b) ...", terms=len(weights))
+    num_terms = len(guided.weights)
+    inputs = repeat(noisy_latents, "b ... -> (terms b) ...", terms=num_terms)
     predictions = model.predict(inputs, timestep, guided.conditioning).to(torch.float32)
-    predictions = rearrange(predictions, "(terms b) ... -> terms b ...", terms=len(weights))
-    return torch.einsum("t,t...->...", weights, predictions).to(noisy_latents.dtype)
+    predictions = rearrange(predictions, "(terms b) ... -> terms b ...", terms=num_terms)
+    return torch.einsum("t,t...->...", guided.weights, predictions).to(noisy_latents.dtype)
