@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cfld.describe import Memory, describe
+from cfld.description import Memory, describe
 from train.config import TrainConfig
 from train.engine import deepspeed_settings
 from train.order import accumulation_steps, num_steps

@@ -1,12 +1,20 @@
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfld.config import PRESETS
-from cfld.describe import Memory, _fixed_memory, _training_cost, describe, main, training_hours
+from cfld.describe import main
+from cfld.description import (
+    Memory,
+    _fixed_memory,
+    _training_cost,
+    describe,
+    training_hours,
+)
 from cfld.model import CFLD
 from cfld.objective import TrainingBatch, draw_rows
 
@@ -108,6 +116,30 @@ def test_the_command_prints_text_and_json(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["parts"][-1]["total"] == 7_529_171  # depth 2 is what `tiny` has
     assert found["paper_schedule_hours"] is None
+    assert (found["zero_stage"], found["num_gpus"]) == (2, 1)
+    small, large = (found["bytes_by_micro_batch"]["plain"][pairs] for pairs in ("1", "2"))
+    assert large - small == found["memory"]["activations_bytes"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--num-gpus", "0"),
+        ("--steps", "-3"),
+        ("--pairs-per-second", "-1"),
+        ("--pairs-per-second", "nan"),
+    ],
+)
+def test_numbers_that_cannot_be_are_usage_errors(capsys, arguments):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert f"argument {arguments[0]}: {arguments[1]} is not" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("transformers") is not None, reason="transformers is installed")
+def test_a_missing_library_is_an_error(caplog):
+    assert main(["--config", "tiny", "--set", "prompt_decoder.kind=clip"]) == 2
+    assert "pip install cfld[clip]" in caplog.text
 
 
 def test_an_unknown_configuration_is_an_error(caplog):
