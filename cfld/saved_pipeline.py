@@ -45,9 +45,10 @@ def load_pipeline(
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise WeightsError(f"{weights}: cannot be loaded: {error}") from error
-    if scheduler is not None:
+    saved = short_name(type(pipeline.scheduler).__name__)
+    name = saved if scheduler is None else short_name(scheduler)
+    if name != saved:  # to try them all takes seconds
         choices = compatible_schedulers(pipeline.scheduler)
-        name = short_name(scheduler)
         if name not in choices:
             raise WeightsError(f"--scheduler {scheduler}: choose one of {', '.join(choices)}")
         pipeline.scheduler = choices[name].from_config(pipeline.scheduler.config)

@@ -22,9 +22,9 @@ from scipy.stats import binomtest
 from cfld.command import make_parser, positive, run_command, seed
 from cfld.evaluation.paper_tables import markdown_table
 from cfld.evaluation.photo_source import Pair, PhotoSource, SourceError, open_photos
-from cfld.evaluation.report import data_uri
 from cfld.evaluation.result_files import Panel, ResultError, ResultFiles, find_results, read_panel
 from cfld.evaluation.scoring import Pixels, protocol_target
+from cfld.web_page import picture_uri
 from cfld.whole_file import whole_file
 
 logger = logging.getLogger("cfld.user_study")  # run as a command, __name__ is another
@@ -238,7 +238,7 @@ def _real_or_generated(
     shuffled = [items[i] for i in generator.permutation(len(items))]
     return _Page(
         task="real_or_generated",
-        items=[{"images": [data_uri(image)]} for _, image in shuffled],
+        items=[{"images": [picture_uri(image)]} for _, image in shuffled],
         truth={"method": method, "truth": [kind for kind, _ in shuffled]},
     )
 
@@ -251,8 +251,8 @@ def _best_match(
         task="best_match",
         items=[
             {
-                "target": data_uri(_photo(study, pair[1])),
-                "images": [data_uri(_generated(study, method, pair)) for method in order],
+                "target": picture_uri(_photo(study, pair[1])),
+                "images": [picture_uri(_generated(study, method, pair)) for method in order],
             }
             for pair, order in zip(pairs, orders, strict=True)
         ],

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,8 @@ from jaxtyping import UInt8
 
 from cfld.evaluation.paper_tables import markdown_table
 from cfld.images import decode_image, encode_png
-from cfld.web_page import image_uri, make_page, make_table
+from cfld.web_page import make_page, make_picture_table, make_table
+from cfld.whole_file import whole_file
 from demo.drawn_scores import score_pictures
 from demo.held_out import HeldOut, count_images, read_generated
 from demo.stages import StageRecord, describe_seconds
@@ -36,9 +36,7 @@ NUM_SHOWN = 10
 PICTURE_COLUMNS = ("source", "pose", "target", "generated", "wrong source", "generated from it")
 
 _STYLE = """
-.grid td, .grid th { padding: 2px 4px; border: 0; text-align: center; font-weight: normal;
-                     color: #566 }
-.grid img { width: 96px; image-rendering: pixelated }
+.pictures img { width: 96px; image-rendering: pixelated }
 svg path { fill: none; stroke: #4a7ab5; stroke-width: 1.5 }
 svg path.raw { stroke: #cfdbe9; stroke-width: 1 } svg line { stroke: #d8dee6 }
 svg text { fill: #566 }
@@ -97,27 +95,29 @@ def write_report(path: Path, demonstration: Demonstration) -> str:
     """
     scores = demonstration.scores()
     results = json.dumps({name: _finite(each) for name, each in scores.items()}, indent=2)
-    (demonstration.work / RESULTS_FILE).write_text(results + "\n", encoding="utf-8")
+    with whole_file(demonstration.work / RESULTS_FILE) as unfinished:
+        unfinished.write_text(results + "\n", encoding="utf-8")
     rows = [[name, *_cells(each)] for name, each in scores.items()]
     header = ["held-out persons", *SCORES.values()]
     pictures = _held_out_rows(demonstration)
-    path.with_name(PICTURE_FILE).write_bytes(encode_png(_side_by_side(pictures)))
+    with whole_file(path.with_name(PICTURE_FILE)) as unfinished:
+        unfinished.write_bytes(encode_png(_side_by_side(pictures)))
     body = [
         *_introduce(demonstration),
         make_table(header, rows),
         "<h2>Held-out persons</h2>",
-        _picture_table(PICTURE_COLUMNS, pictures),
+        make_picture_table(PICTURE_COLUMNS, pictures),
         "<h2>The same pairs while training went on</h2>",
-        _picture_table(*_film(demonstration.work / "run" / "pictures")),
+        make_picture_table(*_film(demonstration.work / "run" / "pictures")),
         "<h2>Training loss</h2>",
         _loss_curve(demonstration.metrics),
         *_data_section(demonstration.work / "shards"),
         "<h2>Where the time went</h2>",
         make_table(["Stage", "Time", "Throughput", "Command"], _stage_rows(demonstration)),
     ]
-    path.write_text(
-        make_page("Pose transfer on drawn persons", body, PAIRS_STYLE + _STYLE), encoding="utf-8"
-    )
+    page = make_page("Pose transfer on drawn persons", body, PAIRS_STYLE + _STYLE)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
     return markdown_table(header, rows)
 
 
@@ -147,13 +147,13 @@ def _held_out_rows(demonstration: Demonstration) -> list[list[UInt8[np.ndarray, 
 
 
 def _side_by_side(
-    rows: Sequence[Sequence[UInt8[np.ndarray, "_ _ 3"]]], zoom: int = 2
+    rows: Sequence[Sequence[UInt8[np.ndarray, "_ _ 3"]]],
 ) -> UInt8[np.ndarray, "_ _ 3"]:
-    """Join rows of pictures to one, half of the rows beside the other half."""
+    """Join rows of pictures to one twice as large, half of the rows beside the other half."""
     half = len(rows) // 2
     cells = np.array([[*rows[number], *rows[half + number]] for number in range(half)])
     joined = rearrange(cells, "rows columns h w c -> (rows h) (columns w) c")
-    return joined.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    return joined.repeat(2, axis=0).repeat(2, axis=1)
 
 
 def _film(folder: Path) -> tuple[list[str], list[list[UInt8[np.ndarray, "_ _ 3"]]]]:
@@ -173,24 +173,9 @@ def _film(folder: Path) -> tuple[list[str], list[list[UInt8[np.ndarray, "_ _ 3"]
     return header, rows
 
 
-def _picture_table(
-    header: Sequence[str], rows: Sequence[Sequence[UInt8[np.ndarray, "_ _ 3"]]]
-) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td><img alt="{escape(name)}" src="{image_uri(encode_png(picture), "png")}"></td>'
-            for name, picture in zip(header, row, strict=True)
-        )
-        + "</tr>"
-        for row in rows
-    )
-    return f'<table class="grid"><tr>{head}</tr>{body}</table>'
-
-
-def _loss_curve(metrics: Sequence[Mapping[str, float]], width: int = 760, height: int = 260) -> str:
+def _loss_curve(metrics: Sequence[Mapping[str, float]]) -> str:
     """Draw the loss on a logarithmic scale: every step, and the mean of the 50 around it."""
+    width, height = 760, 260
     steps = np.array([each["step"] for each in metrics])
     losses = np.array([each["loss"] for each in metrics])
     window = np.ones(min(50, len(losses)))

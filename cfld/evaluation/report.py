@@ -22,9 +22,8 @@ from cfld.evaluation.paper_tables import (
     format_score,
     markdown_table,
 )
-from cfld.evaluation.scoring import ImagePair, Pixels, ScoreSet
-from cfld.images import encode_png
-from cfld.web_page import image_uri, make_page, make_table
+from cfld.evaluation.scoring import ImagePair, ScoreSet
+from cfld.web_page import make_page, make_table, picture_uri
 from cfld.whole_file import whole_file
 
 # By which score pairs are ranked: the first that is there; LPIPS is better when it is lower.
@@ -132,11 +131,6 @@ def html_report(evaluation: Evaluation, load_pair: Callable[[str], ImagePair]) -
     return make_page(evaluation.title, body, _STYLE)
 
 
-def data_uri(image: Pixels) -> str:
-    """Return an image as a PNG inside a URI, for pages that need no other file."""
-    return image_uri(encode_png(image), "png")
-
-
 def remarks(evaluation: Evaluation) -> list[str]:
     """Return everything a reader must know before comparing figures, as sentences."""
     scores = evaluation.scores
@@ -207,7 +201,7 @@ def _figure(pair: ImagePair, scores: ScoreSet) -> str:
         f"{name} {format_score(name, float(each[row]))}" for name, each in scores.per_image.items()
     )
     images = "".join(
-        f'<img alt="{kind}" src="{data_uri(image)}">'
+        f'<img alt="{kind}" src="{picture_uri(image)}">'
         for kind, image in (
             ("source", pair.source),
             ("target", pair.target),

@@ -90,7 +90,7 @@ class ScoreSet:
         """Return the Fréchet distances to reference statistics of the same features.
 
         Raises:
-            TooFewImagesError: If there is but one image on either side.
+            ValueError: If there is but one image on either side.
         """
         return {
             name: frechet_distance(self.features[name], references[name])
@@ -137,7 +137,6 @@ def score(
     pairs: Iterable[ImagePair],
     networks: MetricNetworks,
     metrics: Sequence[str] = PAIR_METRICS,
-    batch_size: int = BATCH_SIZE,
 ) -> ScoreSet:
     """Score pairs as they come, in memory that does not grow with their number.
 
@@ -149,7 +148,7 @@ def score(
     names: list[str] = []
     columns: dict[str, list[float]] = {}
     streams = {name: FeatureStream(FEATURE_DIM) for name in networks.inceptions}
-    for batch in _batches(pairs, batch_size):
+    for batch in _batches(pairs):
         generated = _to_device([pair.generated for pair in batch], networks.device)
         target = _to_device([pair.target for pair in batch], networks.device)
         values = pair_metrics(generated, target, metrics) if metrics else {}
@@ -161,7 +160,7 @@ def score(
         for name, inception in networks.inceptions.items():
             streams[name].add(inception(generated).cpu().numpy())
         names += [pair.name for pair in batch]
-        if len(names) % (batch_size * 64) == 0:
+        if len(names) % (BATCH_SIZE * 64) == 0:
             logger.info("scored %d images", len(names))
     if not names:
         raise ValueError("there is no pair to score")
@@ -178,7 +177,6 @@ def reference_statistics(
     size: tuple[int, int],
     networks: MetricNetworks,
     cache_dir: Path,
-    batch_size: int = BATCH_SIZE,
 ) -> dict[str, FeatureStatistics]:
     """Return FID statistics of all photos of a source at a size, from the cache if they are there.
 
@@ -195,7 +193,7 @@ def reference_statistics(
     logger.info("computing %s statistics of %d photos", " and ".join(todo), len(photos.places))
     streams = {name: FeatureStream(FEATURE_DIM) for name in todo}
     images = map_ahead(lambda name: protocol_target(photos, name, size), photos.places)
-    for batch in _batches(images, batch_size):
+    for batch in _batches(images):
         pixels = _to_device(batch, networks.device)
         for name in todo:
             streams[name].add(networks.inceptions[name](pixels).cpu().numpy())
@@ -231,9 +229,9 @@ def map_ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator
             ahead.extend(pool.submit(work, item) for item in islice(rest, 1))
 
 
-def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     rest = iter(items)
-    while batch := list(islice(rest, size)):
+    while batch := list(islice(rest, BATCH_SIZE)):
         yield batch
 
 

@@ -17,10 +17,10 @@ from cfld.evaluation.paper_tables import (
     format_score,
     markdown_table,
 )
-from cfld.evaluation.report import Evaluation, data_uri, metrics_document, remarks, write_texts
+from cfld.evaluation.report import Evaluation, metrics_document, remarks, write_texts
 from cfld.evaluation.result_files import name_of
 from cfld.evaluation.result_reader import ResultReader
-from cfld.web_page import make_page, make_table
+from cfld.web_page import make_page, make_picture_table, make_table
 
 NUM_SHOWN = 6
 PAPER_SIZE = (256, 176)
@@ -36,7 +36,7 @@ GUIDANCE_SCALES = {
 
 _STYLE = """
 .strips { overflow-x: auto } .strips img { height: 11rem; display: block }
-.strips td, .strips th { padding: .15rem; text-align: center; font-size: 12px; max-width: 7.5rem }
+.strips th { max-width: 7.5rem }
 """
 
 
@@ -128,15 +128,11 @@ def _strips(rows: Mapping[str, StudyRow]) -> str:
     """A table of images: source, target, and what each row made of it (CFLD Fig. 5)."""
     readers = {label: row.reader for label, row in rows.items()}
     first = next(iter(readers.values()))
-    lines = []
+    shown = []
     for pair in choose_pairs(list(first.files), NUM_SHOWN):
         made = [reader.read(name_of(pair)) for reader in readers.values()]
-        images = [made[0].source, made[0].target, *(each.generated for each in made)]
-        cells = "".join(
-            f'<td><img alt="" src="{data_uri(image)}"></td>'
-            for image in images
-            if image is not None
-        )
-        lines.append(f"<tr>{cells}</tr>")
-    head = "".join(f"<th>{escape(label)}</th>" for label in ("source", "target", *readers))
-    return f'<div class="strips"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+        source = made[0].source
+        assert source is not None  # images were generated from it
+        shown.append([source, made[0].target, *(each.generated for each in made)])
+    table = make_picture_table(("source", "target", *readers), shown)
+    return f'<div class="strips">{table}</div>'
