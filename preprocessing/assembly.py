@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from preprocessing.job_settings import JobSettings
 from preprocessing.listing_stage import PhotoListing
 from preprocessing.pairs import explain_unpaired, make_pairs, number_persons
 from preprocessing.rejects import count_reasons
@@ -34,37 +33,48 @@ from shards.format import (
 _PAIRING_COLUMNS = ["path", "name", "person", "split", "is_valid", "invalid_reason"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ingredients:
-    """What the finished shards are joined with: names, the listing, and earlier rejects."""
-
-    dataset: str
-    settings: Mapping[str, Any]
-    listing: PhotoListing
-    pair_lists: Mapping[str, str]
-    keypoint_rejects: pa.Table
+class NoImagesError(RuntimeError):
+    """Every photo was left out; there is no set without an image."""
 
 
-def assemble(store: Store, shard_names: Sequence[str], ingredients: Ingredients) -> Manifest:
-    """Write the tables and the manifest of a set whose shards are all there."""
+def assemble(
+    store: Store,
+    shard_names: Sequence[str],
+    settings: JobSettings,
+    listing: PhotoListing,
+    keypoint_rejects: pa.Table,
+) -> Manifest:
+    """Write the tables and the manifest of a set whose shards are all there.
+
+    Raises:
+        NoImagesError: If they hold no image. Nothing is left, so that the next start begins anew.
+    """
     index_file, images, shards = _write_index(store, shard_names)
-    listing = ingredients.listing
-    pairs, pair_rejects = make_pairs(images, ingredients.pair_lists, listing.unselected)
+    pairs, pair_rejects = make_pairs(images, settings.pairs or {}, listing.unselected)
     rejects = pa.concat_tables(
         [
             listing.rejects,
-            ingredients.keypoint_rejects,
+            keypoint_rejects,
             *(store.read_table(rejects_file(name)) for name in shard_names),
             pair_rejects,
             explain_unpaired(images, pairs),
         ]
     )
+    reasons = count_reasons(rejects)
+    if not images.num_rows:
+        for name in [*shard_names, INDEX_FILE]:
+            store.remove(name)
+        store.remove_work()
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+        raise NoImagesError(
+            f"{settings.root}: no image could be stored, all were left out: {counts}"
+        )
     manifest = Manifest(
-        dataset=ingredients.dataset,
+        dataset=settings.dataset,
         input_sha256=listing.sha256,
-        settings=ingredients.settings,
+        settings=settings.record(),
         counts=_count(images, pairs),
-        rejects=count_reasons(rejects),
+        rejects=reasons,
         shards=tuple(shards),
         tables=(
             index_file,

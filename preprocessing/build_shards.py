@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from ray.exceptions import RayError
 
 from cfld.keypoints import KeypointsError
 from cfld.openpose import PoseNetworkError
+from preprocessing.assembly import NoImagesError
 from preprocessing.check import check
 from preprocessing.datasets import DATASETS
 from preprocessing.files import list_folder, resolve
@@ -57,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _BAD_INPUT as error:
         logger.error("%s", explain(error))
         return 2
+    except NoImagesError as error:
+        logger.error("%s", error)
+        return 1
     except (PhotoStoreError, LatentError, RayError) as error:
         logger.error("stopped: %s; what is finished is kept, run the same command again", error)
         return 1
@@ -87,7 +92,7 @@ def _make_parser() -> argparse.ArgumentParser:
         help="HEIGHT WIDTH, or 'original' for untouched files (default: 512 512, test: original)",
     )
     images.add_argument("--jpeg-quality", type=int, default=95, metavar="1..100")
-    images.add_argument("--shard-size", type=float, default=64, metavar="MB")
+    images.add_argument("--shard-size", type=float, default=64.0, metavar="MB")
     images.add_argument(
         "--latents",
         metavar="VAE",
@@ -105,7 +110,12 @@ def _make_parser() -> argparse.ArgumentParser:
         help="ONNX, or OpenPose's weights: .pth or a hub repository (default: controlnet-aux's)",
     )
     keypoints.add_argument(
-        "--keypoints", nargs="+", default=[], metavar="FILE", help="PATN csv, OpenPose or COCO JSON"
+        "--keypoints",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="PATN csv, OpenPose or COCO JSON; photos that they lack go to the --pose-network, if "
+        "one is named",
     )
     keypoints.add_argument(
         "--keypoints-frame",
@@ -133,8 +143,8 @@ def _read_settings(options: argparse.Namespace) -> JobSettings:
         root=options.root,
         output=options.output or "",
         jpeg_quality=options.jpeg_quality,
-        shard_size_bytes=int(options.shard_size * 1e6),
-        splits=tuple(sorted(options.splits)) if options.splits else None,
+        shard_size_bytes=_read_shard_size(options.shard_size),
+        splits=tuple(options.splits) if options.splits else None,
         limit=options.limit,
         seed=options.seed,
         keypoints=tuple(file for path in options.keypoints for file in _files(path)),
@@ -155,6 +165,12 @@ def _read_image_size(words: Sequence[str]) -> tuple[int, int] | None:
     if len(words) != 2 or not all(word.isdecimal() for word in words):
         raise SettingsError(f"--image-size {' '.join(words)}: give HEIGHT WIDTH or {ORIGINAL!r}")
     return int(words[0]), int(words[1])
+
+
+def _read_shard_size(megabytes: float) -> int:
+    if not 0 < megabytes < math.inf:
+        raise SettingsError(f"--shard-size {megabytes}: must be a positive number of megabytes")
+    return int(megabytes * 1e6)
 
 
 def _read_pairs(words: Sequence[str]) -> dict[str, str]:
@@ -205,6 +221,8 @@ def _summarize(result: JobResult, output: str) -> str:
     ]
     lines += ["".join(f"{cell:>12}" for cell in row) for row in rows]
     lines.append(f"{len(manifest.shards):,} shards, {manifest.size_bytes / 1e6:,.1f} MB in all")
+    if unpaired := [split for split, counts in manifest.counts.items() if not counts.pairs]:
+        lines.append(f"no pair in {', '.join(unpaired)}: nothing to train on or to score there")
     if manifest.rejects:
         lines.append("left out of the shards or of all pairs (see rejects.parquet):")
         lines += [f"{count:>12,}  {reason}" for reason, count in manifest.rejects.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from cfld.pose_network import PoseEstimator, PoseEstimatorConfig
-from preprocessing.assembly import Ingredients, assemble
+from preprocessing.assembly import assemble
 from preprocessing.datasets import DATASETS
 from preprocessing.job_settings import (
     JobSettings,
@@ -83,6 +83,7 @@ def run_job(
         SettingsError: If input or settings cannot be used, or the output was made with others.
         OSError, FormatError, KeypointsError, PoseNetworkError: Likewise; they say of what file.
         OutputError: If the output cannot be written; what is finished is kept.
+        NoImagesError: If not one photo can be stored.
         LatentError: If there is an image whose latent cannot be made.
     """
     if num_workers is not None and num_workers < 1:
@@ -94,13 +95,14 @@ def run_job(
     _require_ours(store)
     with _tidied(store), ExitStack() as stack:
         start_ray = cache(lambda: stack.enter_context(ray_session(ray_address, num_workers)))
+        named_splits = frozenset(settings.pairs or ())
         settings = with_published_files(settings)
         latents = None
         if settings.latents is not None:
             latents = LatentSettings.of(settings.latents, settings.latent_image_sizes)
         manifest = _find_finished(store, settings, latents)
         if manifest is None:
-            manifest = _Job(settings, store, progress, start_ray).run()
+            manifest = _Job(settings, named_splits, store, progress, start_ray).run()
         if latents is not None and LATENT_SETTINGS not in manifest.settings:
             splits = {s for s in manifest.counts if settings.image_size_of(s) is not None}
             stage = LatentStage(store, manifest, latents, splits)
@@ -112,30 +114,38 @@ def run_job(
 
 @dataclass(frozen=True)
 class _Job:
-    """A job under way; `start_ray` starts Ray when it is first needed, and gives its workers."""
+    """A job under way; `start_ray` starts Ray when it is first needed, and gives its workers.
+
+    `named_splits` are those of pair lists that were given, not found in the root.
+    """
 
     settings: JobSettings
+    named_splits: Set[str]
     store: Store
     progress: Progress
     start_ray: Callable[[], int]
 
     def run(self) -> Manifest:
         with self.progress.stage("listing"):
-            listing = PhotoListing.load(self.store) or _list(self.settings, self.store)
+            listing = PhotoListing.load(self.store) or self._list()
         photos = listing.photos
         keypoints, keypoint_rejects = self._find_keypoints(listing)
         num_bytes = photos["estimated_bytes"].to_numpy()
         plan = list(plan_shards(photos, num_bytes, self.settings.shard_size_bytes))
         self._make_shards(photos, keypoints, plan)
         with self.progress.stage("index and pairs"):
-            ingredients = Ingredients(
-                dataset=self.settings.dataset,
-                settings=self.settings.record(),
-                listing=listing,
-                pair_lists=self.settings.pairs or {},
-                keypoint_rejects=keypoint_rejects,
-            )
-            return assemble(self.store, [shard.name for shard in plan], ingredients)
+            names = [shard.name for shard in plan]
+            return assemble(self.store, names, self.settings, listing, keypoint_rejects)
+
+    def _list(self) -> PhotoListing:
+        listing = _list(self.settings)
+        splits = listing.photos["split"].unique().to_pylist()
+        if unknown := self.named_splits - set(splits):
+            raise SettingsError(f"--pairs {min(unknown)}=…: there are photos of {splits} only")
+        record = json.dumps(self.settings.record(), indent=2)
+        self.store.write_bytes(SETTINGS_FILE, record.encode())
+        listing.save(self.store)
+        return listing
 
     def _find_keypoints(self, listing: PhotoListing) -> tuple[FoundKeypoints, pa.Table]:
         """Return what was found, and the rejects of this stage."""
@@ -150,9 +160,11 @@ class _Job:
                     photos["name"].combine_chunks(),
                     listing.unselected,
                 )
-        elif missing.num_rows:
+            is_there = pc.is_in(missing["name"], found["name"].combine_chunks())
+            missing = missing.filter(pc.invert(is_there)).combine_chunks()
+        if missing.num_rows and (self.settings.pose_network or not self.settings.keypoints):
             self._estimate(missing.select(["name", "path"]))
-            found = read_estimates(self.store)
+            found = pa.concat_tables([found, read_estimates(self.store)])
         keypoints = FoundKeypoints.of(photos, found)
         return keypoints, pa.concat_tables([rejects, keypoints.rejects(photos)])
 
@@ -264,11 +276,28 @@ def _find_finished(
             record[LATENT_SETTINGS] = latents and asdict(latents)
         _require_same(record, manifest.settings, where)
         _require_whole(store, manifest)
+        _require_same_photos(settings, manifest, where)
         return manifest
     if store.exists(SETTINGS_FILE):
         found = json.loads(store.read_bytes(SETTINGS_FILE))
         _require_same(record, found, store.url(SETTINGS_FILE))
     return None
+
+
+def _require_same_photos(settings: JobSettings, manifest: Manifest, where: str) -> None:
+    """List the root again: seconds, where a set that lacks new photos would go unnoticed.
+
+    What files hold is not compared. A root that is gone is no longer needed.
+    """
+    try:
+        listing = _list(settings)
+    except FileNotFoundError:
+        return
+    if listing.sha256 != manifest.input_sha256:
+        raise SettingsError(
+            f"{settings.root}: other photos (names, persons, splits, sizes of files kept as they "
+            f"are) lie here than when {where} was made; use another output folder"
+        )
 
 
 def _require_whole(store: Store, manifest: Manifest) -> None:
@@ -291,7 +320,7 @@ def _require_same(wanted: Mapping[str, Any], found: Mapping[str, Any], where: st
             )
 
 
-def _list(settings: JobSettings, store: Store) -> PhotoListing:
+def _list(settings: JobSettings) -> PhotoListing:
     try:
         listing = list_dataset(DATASETS[settings.dataset].list_photos(settings.root))
     except ValueError as error:  # a table or list that cannot be used; it names itself
@@ -304,10 +333,7 @@ def _list(settings: JobSettings, store: Store) -> PhotoListing:
         raise SettingsError(f"{settings.root}: {error}") from error
     splits = listing.photos["split"].unique().to_pylist()
     sizes = {split: settings.image_size_of(split) for split in splits}
-    listing = replace(listing, photos=with_size_estimates(listing.photos, sizes))
-    store.write_bytes(SETTINGS_FILE, json.dumps(settings.record(), indent=2).encode())
-    listing.save(store)
-    return listing
+    return replace(listing, photos=with_size_estimates(listing.photos, sizes))
 
 
 def _wait_for_one(running: dict[ray.ObjectRef, int]) -> int:

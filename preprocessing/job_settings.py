@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from preprocessing.datasets import DATASETS
+from preprocessing.files import resolve
 from preprocessing.listing import Annotations
 from shards.format import sha256_of
 
@@ -54,6 +55,8 @@ class JobSettings:
             raise SettingsError(f"dataset {self.dataset!r}: choose one of {sorted(DATASETS)}")
         if not 1 <= self.jpeg_quality <= 100:
             raise SettingsError(f"JPEG quality {self.jpeg_quality}: must lie in 1..100")
+        if self.shard_size_bytes < 1:
+            raise SettingsError(f"shard size {self.shard_size_bytes} bytes: must be positive")
         if self.limit is not None and self.limit < 1:
             raise SettingsError(f"limit {self.limit}: at least one photo is needed")
         for size in (self.image_size, self.test_image_size, self.keypoints_frame):
@@ -77,18 +80,19 @@ class JobSettings:
     def record(self) -> dict[str, Any]:
         """Return what the manifest keeps: all but the output's place, files with their hashes.
 
-        Latents, which are added to a complete set, bring their own record.
+        Other spellings of one place or choice give the same record. Latents, which are added to a
+        complete set, bring their own.
         """
         record = asdict(self)
         del record["output"], record["latents"]
         for name in ("image_size", "test_image_size"):
             record[name] = record[name] or ORIGINAL
-        record["keypoints"] = {path: _sha256(path) for path in self.keypoints}
-        record["pairs"] = {
-            split: {path: _sha256(path)} for split, path in (self.pairs or {}).items()
-        }
+        record["root"] = resolve(self.root)
+        record["splits"] = self.splits and sorted(set(self.splits))
+        record["keypoints"] = _hashes(self.keypoints)
+        record["pairs"] = {split: _hashes([path]) for split, path in (self.pairs or {}).items()}
         if self.pose_network is not None and Path(self.pose_network).is_file():
-            record["pose_network"] = {self.pose_network: _sha256(self.pose_network)}
+            record["pose_network"] = _hashes([self.pose_network])
         return {name: _as_json(value) for name, value in record.items()}
 
 
@@ -149,12 +153,15 @@ def with_published_files(settings: JobSettings) -> JobSettings:
     return settings
 
 
-def _sha256(path: str) -> str:
-    fs, local = url_to_fs(path)
-    try:
-        return sha256_of(fs, local)
-    except FileNotFoundError as error:
-        raise SettingsError(f"{path}: there is no such file") from error
+def _hashes(paths: Iterable[str]) -> dict[str, str]:
+    hashes = {}
+    for path in paths:
+        fs, local = url_to_fs(path)
+        try:
+            hashes[resolve(path)] = sha256_of(fs, local)
+        except FileNotFoundError as error:
+            raise SettingsError(f"{path}: there is no such file") from error
+    return hashes
 
 
 def _as_json(value: Any) -> Any:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import pyarrow as pa
 
 from preprocessing.actor_pool import run_actors
 from preprocessing.assembly import write_rows
+from preprocessing.files import resolve
 from preprocessing.job_settings import SettingsError
 from preprocessing.latent_actor import LATENTS_FOLDER, LatentActor, record_file
 from preprocessing.shard_writer import shard_of_record
@@ -69,7 +71,7 @@ class LatentSettings:
                     f"the VAE at {vae} needs; choose another --image-size"
                 )
         return cls(
-            vae=vae,
+            vae=resolve(vae) if Path(vae).exists() else vae,
             sha256=codec.hash_encoder(),
             scaling_factor=config.scaling_factor,
             channels=2 * config.latent_channels,

@@ -65,7 +65,7 @@ def make_report(shards: ShardSet, title: str, options: ReportOptions) -> str:
         raise FormatError(f"no split {options.split!r}; there are {', '.join(manifest.counts)}")
     splits = [options.split] if options.split is not None else list(manifest.counts)
     index = shards.read_index(COLUMNS)
-    chosen = index.filter(pc.field("split").isin(splits))
+    chosen = index.filter(pc.field("split").isin(pa.array(splits, pa.string())))
     body = [
         *_describe(shards),
         *contact_sheets(shards, index, splits, options),
@@ -84,12 +84,10 @@ def _describe(shards: ShardSet) -> list[str]:
         [split, *(f"{getattr(counts, column):,}" for column in columns)]
         for split, counts in manifest.counts.items()
     ]
-    shard_bytes = sum(shard.size_bytes for shard in manifest.shards)
-    table_bytes = sum(table.size_bytes for table in manifest.tables)
+    files = f"{len(manifest.shards):,} shards and {len(manifest.tables)} tables"
     sizes = [
         ["Dataset", manifest.dataset],
-        ["Shards", f"{len(manifest.shards):,} of {shard_bytes / 1e6:,.2f} MB in all"],
-        ["Tables", f"{len(manifest.tables)} of {table_bytes / 1e6:,.2f} MB in all"],
+        ["Files", f"{files}, {manifest.size_bytes / 1e6:,.2f} MB in all"],
         ["Left out of the shards or of all pairs", f"{sum(manifest.rejects.values()):,}"],
         ["Latents", manifest.settings.get(LATENT_SETTINGS, {}).get("vae", "none")],
         ["Format", f"version {FORMAT_VERSION}"],

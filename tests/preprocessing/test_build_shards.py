@@ -391,6 +391,13 @@ def test_listed_names_that_were_not_asked_for_are_no_rejects(
         (["--limit", "0"], "limit 0: at least one photo is needed"),
         (["--num-workers", "0"], "workers 0: at least one is needed"),
         (["--num-workers", "-1"], "workers -1: at least one is needed"),
+        (["--shard-size", "nan"], "--shard-size nan: must be a positive number of megabytes"),
+        (["--shard-size", "inf"], "--shard-size inf: must be a positive number of megabytes"),
+        (["--shard-size", "-5"], "--shard-size -5.0: must be a positive number of megabytes"),
+        (
+            ["--pairs", f"trian={__file__}"],
+            "--pairs trian=…: there are photos of ['test', 'train']",
+        ),
         (["--pairs", "train"], "--pairs train: give SPLIT=FILE, each split once"),
         (["--pairs", "train=nowhere.csv"], "nowhere.csv: there is no such file"),
         (["--keypoints", "nowhere.csv"], "nowhere.csv: there is no such file"),
@@ -492,6 +499,59 @@ def test_a_damaged_set_is_not_complete(
     assert "Traceback" not in caplog.text
 
 
+def test_other_spellings_are_the_same_settings(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, name in enumerate(("1.jpg", "2.jpg")):
+        write_photo(tmp_path / "photos" / "anna" / name, number)
+    names = [f"anna/{number}.jpg" for number in (1, 2)]
+    (tmp_path / "pairs.csv").write_text(f"from,to\n{names[0]},{names[1]}\n")
+    frame = ["--keypoints-frame", 256, 176]
+    write_patn_csv(tmp_path / "kp.csv", [(name, keypoints_of(STANDING)) for name in names])
+    build(
+        "folder", tmp_path / "photos", tmp_path / "o", "--keypoints", tmp_path / "kp.csv", *frame,
+        "--pairs", f"train={tmp_path}/pairs.csv", "--splits", "train",
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path / "photos")
+    build(
+        "folder", "./", "../o/", "--keypoints", "../kp.csv", "../photos/../kp.csv", *frame,
+        "--pairs", "train=../pairs.csv", "--splits", "train", "train",
+    )  # fmt: skip
+
+
+def test_other_photos_are_not_what_the_set_was_made_of(
+    build: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: Any
+) -> None:
+    write_photo(tmp_path / "photos" / "anna" / "1.jpg", 0)
+    write_patn_csv(tmp_path / "kp.csv", [("anna/1.jpg", keypoints_of(STANDING))])
+    options = ["--keypoints", str(tmp_path / "kp.csv"), "--keypoints-frame", "256", "176"]
+    words = ["--dataset", "folder", "--root", str(tmp_path / "photos")]
+    words += ["--output", str(tmp_path / "o"), *options]
+    assert main(words) == 0
+    assert "no pair in train: nothing to train on" in capsys.readouterr().out
+    write_photo(tmp_path / "photos" / "anna" / "2.jpg", 1)
+    assert main(words) == 2
+    assert f"{tmp_path}/photos: other photos" in caplog.text
+    shutil.rmtree(tmp_path / "photos")  # the set needs them no more
+    assert main(words) == 0
+
+
+def test_a_set_without_an_image_is_none(
+    build: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photo = tmp_path / "photos" / "anna" / "1.jpg"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(b"")
+    write_patn_csv(tmp_path / "kp.csv", [("anna/1.jpg", keypoints_of(STANDING))])
+    options = ["--keypoints", str(tmp_path / "kp.csv"), "--keypoints-frame", "256", "176"]
+    words = ["--dataset", "folder", "--root", str(tmp_path / "photos")]
+    assert main([*words, "--output", str(tmp_path / "o"), *options]) == 1
+    assert "no image could be stored, all were left out: 1 empty" in caplog.text
+    assert not list((tmp_path / "o").iterdir())
+    write_photo(photo, 0)
+    build("folder", tmp_path / "photos", tmp_path / "o", *options)
+
+
 @pytest.mark.parametrize("dataset", ["deepfashion", "folder", "market1501", "table"])
 def test_a_root_without_permission_is_told(
     dataset: str, nobodys: Path, as_nobody: AsNobody, capsys: Any, caplog: Any
@@ -572,6 +632,26 @@ def test_help_is_short_and_has_an_example(capsys: pytest.CaptureFixture[str]) ->
 def test_the_format_agrees_with_the_pose_maps() -> None:
     assert NUM_JOINTS == pose.NUM_JOINTS
     assert POSE_SIZE == pose.POSE_MAP_SIZE
+
+
+def test_a_network_finds_what_a_keypoint_file_lacks(
+    shared_dir: Path, build: Any, tmp_path: Path
+) -> None:
+    network = shared_dir / "models/openpose_mobilenet_v2_small.onnx"
+    folder = tmp_path / "photos" / "astronaut"
+    folder.mkdir(parents=True)
+    for name in ("known.jpg", "lacking.jpg"):
+        (folder / name).symlink_to(shared_dir / "data/people/astronaut_0.jpg")
+    write_patn_csv(tmp_path / "kp.csv", [("known.jpg", keypoints_of(STANDING))])
+    frame = ["--keypoints-frame", 256, 176]
+    shards = build(
+        "folder", tmp_path / "photos", tmp_path / "o", "--image-size", 256, 176,
+        "--keypoints", tmp_path / "kp.csv", *frame, "--pose-network", network,
+    )  # fmt: skip
+    known, lacking = keypoints_array(shards.read_index())
+    np.testing.assert_array_equal(known, keypoints_of(STANDING))
+    assert np.isfinite(lacking[:, 0]).sum() >= 5
+    assert not np.array_equal(lacking, known)
 
 
 def test_a_network_finds_the_keypoints(shared_dir: Path, build: Any, tmp_path: Path) -> None:

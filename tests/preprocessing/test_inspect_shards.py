@@ -24,7 +24,13 @@ from playwright.sync_api import sync_playwright
 
 from cfld.pose import JOINT_COLORS, JOINT_NAMES
 from preprocessing.inspect_shards import main
-from shards.format import ShardSet, keypoints_array, open_shards
+from shards.format import (
+    INDEX_SCHEMA,
+    PAIRS_SCHEMA,
+    ShardSet,
+    keypoints_array,
+    open_shards,
+)
 
 Build = Callable[..., ShardSet]
 
@@ -261,6 +267,20 @@ def test_flipped_byte_in_a_member(
         f"1 of {num_shards(copied)} shards and 3 tables are damaged; copy them again, or remove "
         "the folder and build the shards again"
     )
+
+
+def test_the_page_of_a_set_without_images(copied: Path, tmp_path: Path) -> None:
+    rejects = open_shards(str(copied)).read_rejects().slice(0, 0)
+    row = {"path": "a", "name": "a", "stage": "shards", "reason": "truncated", "detail": ""}
+    lost = pa.Table.from_pylist([row | {"is_stored": False}], rejects.schema)
+    tables = {"index": INDEX_SCHEMA.empty_table(), "pairs": PAIRS_SCHEMA.empty_table()}
+    for name, table in (tables | {"rejects": lost}).items():
+        pq.write_table(table, copied / f"{name}.parquet")
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest |= {"counts": {}, "rejects": {"truncated": 1}}
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    assert main([str(copied), "--out", str(tmp_path / "page.html")]) == 0
+    assert "truncated: 1 of 1" in (tmp_path / "page.html").read_text()
 
 
 def test_flipped_byte_that_no_sample_shows(
