@@ -11,9 +11,9 @@ from itertools import islice
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from fsspec.core import url_to_fs
 
 from preprocessing.listing import Photo, Reject, to_text
+from preprocessing.photo_reader import read_size
 from preprocessing.published_keypoints import keep_first
 from preprocessing.rejects import rejects_of_columns, rejects_table
 from preprocessing.shard_plan import estimate_bytes, make_key, sample_groups
@@ -157,11 +157,7 @@ def with_size_estimates(
 
 
 def _mean_file_size(paths: Iterable[str]) -> float:
-    sizes = []
-    for path in paths:
-        fs, place = url_to_fs(path)
-        if fs.isfile(place):
-            sizes.append(fs.size(place))
+    sizes = [size for path in paths if (size := read_size(path)) is not None]
     return float(np.mean(sizes)) if sizes else 0.0
 
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
 
 from preprocessing.figure_set import SETTINGS, TABLE
+from preprocessing.files import resolve
 from preprocessing.listing import Dataset, Photo, Reject
 
 
 def list_photos(root: str) -> Iterator[Photo | Reject]:
     """List a drawn set."""
-    if not (Path(root) / SETTINGS).is_file():
+    root = resolve(root)
+    fs, place = url_to_fs(root)
+    if not fs.isfile(f"{place}/{SETTINGS}"):
         raise FileNotFoundError(
             f"{root}: no complete set of drawn figures ({SETTINGS} is missing); "
             f"draw one: python -m preprocessing.draw_figures --output {root}"
         )
-    return _photos(Path(root), pq.read_table(Path(root) / TABLE))
+    with fsspec.open(f"{root}/{TABLE}", "rb") as file:
+        return _photos(root, pq.read_table(file))
 
 
 DATASET = Dataset(
@@ -29,10 +34,10 @@ DATASET = Dataset(
 )
 
 
-def _photos(folder: Path, table: pa.Table) -> Iterator[Photo]:
+def _photos(folder: str, table: pa.Table) -> Iterator[Photo]:
     for row in table.to_pylist():
         yield Photo(
-            path=str(folder / row["image"]),
+            path=f"{folder}/{row['image']}",
             name=row["image"],
             person=row["person_id"],
             split=row["split"],

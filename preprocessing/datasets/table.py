@@ -23,6 +23,7 @@ from preprocessing.listing import Dataset, Photo, Reject
 REQUIRED = ("image", "person_id")
 OPTIONAL = ("split", "keypoints")
 
+_SUFFIXES = (".csv", ".parquet")
 _SPLIT = re.compile(r"[A-Za-z0-9_]+")  # shards are named after it
 
 
@@ -55,9 +56,9 @@ def list_photos(root: str) -> Iterator[Photo | Reject]:
 
 
 def _find_table(root: str) -> str:
-    if root.endswith((".csv", ".parquet")):
+    if root.lower().endswith(_SUFFIXES):
         return root
-    tables = [name for name in list_folder(root)[1] if name.endswith((".csv", ".parquet"))]
+    tables = [name for name in list_folder(root)[1] if name.lower().endswith(_SUFFIXES)]
     if len(tables) != 1:
         raise FileNotFoundError(
             f"{root}: one table is needed, a .csv or .parquet file with the columns "
@@ -68,14 +69,14 @@ def _find_table(root: str) -> str:
 
 def _read_rows(table: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield rows with their numbers; one without a value for each column is empty."""
-    if table.endswith(".parquet"):
+    if table.lower().endswith(".parquet"):
         with fsspec.open(table, "rb") as file:
             yield from enumerate(_parse_parquet(file, table), 1)
     else:
         # Excel starts a file with a byte order mark. A row is a line: a quote that nobody closes
         # must not swallow the rows below it.
         with fsspec.open(table, "rt", encoding="utf-8-sig", errors="replace") as lines:
-            columns = _parse_line(next(lines, ""))
+            columns = [name.strip() for name in _parse_line(next(lines, ""))]
             _check_columns(table, columns)
             for number, line in enumerate(lines, 2):
                 values = _parse_line(line)
@@ -122,6 +123,7 @@ def _read_photo(row: dict[str, Any], folder: str) -> Photo:
     """
     if not row:
         raise ValueError("is not one value for each column")
+    row = {name: None if value != value else value for name, value in row.items()}  # NaN
     image, person = ("" if row[name] is None else str(row[name]).strip() for name in REQUIRED)
     split = str(row.get("split") or "train").strip()
     if not image or not person:
@@ -162,6 +164,8 @@ def _parse_keypoints(values: Any) -> Float32[np.ndarray, "18 3"]:
     if points.shape not in ((18, 3), (54,)):
         raise ValueError(f"keypoints of shape {points.shape}, expected 18 x [x, y, score]")
     points = points.reshape(18, 3)
+    if np.isinf(points).any():
+        raise ValueError("a keypoint is not finite; a missing joint is null, null, 0")
     if (points < 0).any():
         raise ValueError("a keypoint is negative; a missing joint is null, null, 0")
     is_missing = ~((points[:, 2] > 0) & np.isfinite(points).all(axis=1))
@@ -170,17 +174,27 @@ def _parse_keypoints(values: Any) -> Float32[np.ndarray, "18 3"]:
 
 
 def _is_there(path: str, listed: dict[str, set[str]]) -> bool:
-    """Whether an image exists, by one listing per folder; `listed` keeps what was seen."""
+    """Whether an image exists, by one listing per folder; `listed` keeps what was seen.
+
+    Raises:
+        ValueError: If the store of the image cannot be asked.
+    """
     folder, _, name = path.rpartition("/")
     if folder not in listed:
         try:
             listed[folder] = set(list_folder(folder)[1])
-        except OSError:
+        except Exception:  # each kind of store has its own; many that give files do not list them
             listed[folder] = set()
     if name in listed[folder]:
         return True
-    fs, inner = url_to_fs(path)  # hidden files are not in listings
-    return bool(fs.exists(inner))
+    try:
+        fs, inner = url_to_fs(path)  # hidden files are not in listings
+        return bool(fs.exists(inner))
+    except Exception as error:
+        raise ValueError(
+            f"{path}: cannot be looked up ({type(error).__name__}: {error}); check the address, "
+            "the credentials, and that the package for this kind of store is installed"
+        ) from error
 
 
 DATASET = Dataset(

@@ -24,7 +24,7 @@ from cfld.keypoints import ImagePeople, KeypointsError
 from preprocessing.build_shards import main
 from preprocessing.listing import Photo, Reject
 from preprocessing.listing_stage import list_dataset
-from preprocessing.photo_reader import PhotoStoreError, read_ahead, read_photo
+from preprocessing.photo_reader import PhotoStoreError, read_ahead, read_photo, read_size
 from preprocessing.published_keypoints import read_published
 from preprocessing.shard_stage import lies_outside
 from shards.format import ShardSet, open_shards
@@ -81,6 +81,7 @@ REASON_OF = {
     "not_an_image.jpg": ("shards", "not_an_image"),
     "decompression_bomb.jpg": ("shards", "decompression_bomb"),
     "loop.jpg": ("shards", "unreadable"),
+    "pipe.jpg": ("shards", "unreadable"),
     "dangling.jpg": ("shards", "missing_file"),
 }
 
@@ -118,6 +119,7 @@ def outcome(ray_workers: int, tmp_path_factory: pytest.TempPathFactory) -> Outco
             path.write_bytes(data)
     (root / "train/bad/loop.jpg").symlink_to("loop.jpg")
     (root / "train/bad/dangling.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(root / "train/bad/pipe.jpg")
     found = np.concatenate([np.arange(5, 23)[:, None].repeat(2, 1), np.ones((18, 1))], axis=1)
     nobody = np.tile(np.array([np.nan, np.nan, 0]), (18, 1))
     half = np.where(np.arange(18)[:, None] < 8, found, nobody)
@@ -296,15 +298,26 @@ class RefusingFileSystem(MemoryFileSystem):
     def cat_file(self, path: str, *_: Any, **__: Any) -> bytes:
         if "forbidden" in path:
             raise PermissionError(path)
+        if "credentials" in path:
+            raise LookupError("no credentials")  # as boto's and aiohttp's: of no common kind
         raise OSError("connection reset")
+
+    def isfile(self, *_: Any) -> bool:
+        raise LookupError("no endpoint")
 
 
 def test_a_store_that_fails_is_not_a_bad_photo() -> None:
     fsspec.register_implementation("refusing", RefusingFileSystem, clobber=True)
     with pytest.raises(ImageError, match="unreadable"):
         read_photo("refusing://forbidden.jpg")
-    with pytest.raises(PhotoStoreError, match=r"refusing://a.jpg: connection reset"):
+    with pytest.raises(PhotoStoreError, match=r"refusing://a.jpg: OSError: connection reset"):
         read_photo("refusing://a.jpg")
+    with pytest.raises(PhotoStoreError, match=r"LookupError: no credentials"):
+        read_photo("refusing://credentials.jpg")
+    with pytest.raises(PhotoStoreError, match=r"nosuch://a.jpg: ValueError: Protocol not known"):
+        read_photo("nosuch://a.jpg")
+    with pytest.raises(PhotoStoreError, match=r"LookupError: no endpoint"):
+        read_size("refusing://a.jpg")
 
 
 def test_photos_come_in_order_however_many(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ import json
 import shutil
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -123,6 +124,14 @@ def test_a_folder_of_something_else_is_never_drawn_into(tmp_path):
     with pytest.raises(SettingsMismatchError, match="is not of drawn figures"):
         draw_dataset(str(tmp_path), SMALL)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.json", "photo.jpg"]
+
+
+def test_a_drawn_set_may_lie_in_a_store(drawn):
+    fs = fsspec.filesystem("memory")
+    fs.put(f"{drawn}/", "/drawn/set/", recursive=True)
+    remote, local = list(list_photos("memory://drawn/set")), list(list_photos(str(drawn)))
+    assert remote[0].path == f"memory:///drawn/set/{local[0].name}"
+    assert [photo.name for photo in remote] == [photo.name for photo in local]
 
 
 def test_listing_says_how_to_draw(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import fsspec
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from cfld.keypoint_writers import write_openpose_json, write_patn_csv
 from preprocessing.datasets.table import DATASET
@@ -100,6 +102,7 @@ def test_keypoints_may_lie_in_files_beside_the_table(root: Path) -> None:
         ('"[1, [2"', "delimiter"),
         (json.dumps(json.dumps([[-1, -1, 1]] * 18)), "negative; a missing joint is null, null, 0"),
         ('"[{}]"', "not 'dict'"),
+        (json.dumps(json.dumps([[1e999, 1, 1]] * 18)), "not finite"),
     ],
 )
 def test_bad_keypoints_are_rejects(root: Path, cell: str, detail: str) -> None:
@@ -130,11 +133,41 @@ def test_a_malformed_row_is_a_reject_with_its_number(root: Path, row: str, detai
 
 
 def test_an_empty_cell_of_a_parquet_is_a_reject_too(root: Path) -> None:
-    rows = {"image": ["a.jpg", None], "person_id": ["1", "1"]}
+    rows = {"image": ["a.jpg", None, "b.jpg"], "person_id": [1.0, 1.0, np.nan]}
     pq.write_table(pa.table(rows), root / "photos.parquet")
     assert [(r.path, r.detail) for r in rejects(root)] == [
-        (f"{root}/photos.parquet:2", "image is empty")
+        (f"{root}/photos.parquet:2", "image is empty"),
+        (f"{root}/photos.parquet:3", "person_id is empty"),
     ]
+
+
+def test_suffixes_may_be_capital_and_headers_spaced(root: Path) -> None:
+    (root / "T1.CSV").write_text("image, person_id\na.jpg,1\n")
+    assert photos(root) == photos(root / "T1.CSV") != []
+    assert photos(root)[0].person == "1"
+
+
+class BrokenFileSystem(MemoryFileSystem):
+    """A store that cannot be asked, by an error of its own kind."""
+
+    protocol = "broken"
+
+    def ls(self, *_: Any, **__: Any) -> list[Any]:
+        raise LookupError("no listing")
+
+    def exists(self, path: str, **_: Any) -> bool:
+        if "dead" in path:
+            raise LookupError("no endpoint")
+        return True
+
+
+def test_images_in_a_store_that_cannot_be_asked_are_an_error(root: Path) -> None:
+    fsspec.register_implementation("broken", BrokenFileSystem, clobber=True)
+    write_csv(root, "image,person_id", "broken://b/a.jpg,1")
+    assert [photo.path for photo in photos(root)] == ["broken://b/a.jpg"]
+    write_csv(root, "image,person_id", "broken://dead/a.jpg,1")
+    with pytest.raises(ValueError, match=r"dead/a.jpg: cannot be looked up \(LookupError: no end"):
+        photos(root)
 
 
 def test_a_missing_image_is_a_reject_and_a_hidden_one_is_not(root: Path) -> None:
