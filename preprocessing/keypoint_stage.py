@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +23,7 @@ from preprocessing.store import WORK_FOLDER, OutputError, Store
 
 PARTS_FOLDER = f"{WORK_FOLDER}/keypoints"
 
-# What is lost with an actor, and what it holds decoded at once.
+# What is lost with an actor.
 NUM_BLOCK = 64
 
 
@@ -79,19 +81,27 @@ class KeypointActor:
         return answer(self._process, block, (OutputError, PhotoStoreError))
 
     def _process(self, block: pa.Table) -> None:
-        photos = [_decode(data) for data in read_ahead(block["path"].to_pylist())]
-        images = [photo for photo in photos if not isinstance(photo, ImageError)]
+        photos = zip(block["name"].to_pylist(), read_ahead(block["path"].to_pylist()), strict=True)
+        rows: list[dict[str, Any]] = []
+        while batch := list(islice(photos, self._estimator.config.batch_size)):
+            rows += self._estimate(dict(batch))
+        part = f"{PARTS_FOLDER}/{block['part'][0]}"
+        self._store.write_table(part, pa.Table.from_pylist(rows, KEYPOINTS_SCHEMA))
+
+    def _estimate(self, files: Mapping[str, Future[bytes]]) -> list[dict[str, Any]]:
+        """Return a row for each photo, by name; no more are decoded at once than the network's."""
+        photos = {name: _decode(data) for name, data in files.items()}
+        images = [photo for photo in photos.values() if not isinstance(photo, ImageError)]
         poses = iter(self._estimator.estimate(images))
-        rows = []
-        for name, photo in zip(block["name"].to_pylist(), photos, strict=True):
+        rows: list[dict[str, Any]] = []
+        for name, photo in photos.items():
             if isinstance(photo, ImageError):
                 rows.append({"name": name, "reason": photo.reason, "detail": photo.detail})
             else:
                 pose = next(poses)
                 keypoints = pose.keypoints.ravel()
                 rows.append({"name": name, "keypoints": keypoints, "num_people": pose.num_people})
-        part = f"{PARTS_FOLDER}/{block['part'][0]}"
-        self._store.write_table(part, pa.Table.from_pylist(rows, KEYPOINTS_SCHEMA))
+        return rows
 
 
 @dataclass(frozen=True)
