@@ -58,7 +58,9 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, seed_help: str | No
     group.add_argument("--appearance-scale", type=finite, default=2.0, metavar="W")
     group.add_argument("--scheduler", metavar="NAME", help="such as ddim (default: as saved)")
     group.add_argument("--seed", type=seed, default=0, metavar="N", help=seed_help)
-    group.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    group.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto", help="auto: fp16 on a GPU, else fp32"
+    )
     group.add_argument("--device", default="auto", metavar="NAME", help="such as cuda:1 or cpu")
 
 

@@ -176,6 +176,8 @@ def test_other_settings_need_another_folder(scored, weights, shards, tmp_path, c
     output = tmp_path / "output"
     assert run(weights, shards, output, "--scheduler", "nonsense", "--num-pairs", 2) == 2
     assert "--scheduler nonsense: choose one of" in caplog.text
+    text = refused(caplog, weights, shards, output, "--steps", 2000, "--num-pairs", 2)
+    assert "--steps 2000: the scheduler ddpm cannot take them" in text
     # Nothing came of it, so the folder is free for other settings.
     assert run(weights, shards, output, "--num-pairs", 2) == 0
     assert run(weights, shards, output, "--num-pairs", 4, "--batch-size", 3) == 0
@@ -340,6 +342,8 @@ def test_ablations(weights, shards, tmp_path, capsys, caplog):
             ["--weights", ".", "--resize"],
             "--pattern, --resize and --allow-missing need --generated",
         ),
+        (["--weights", ".", "--sweep", "guidance", "--scales", "nan,1"], "nan is not finite"),
+        (["--weights", ".", "--seed", str(2**70)], "is not between 0 and"),
         (["--ablations", "B1=.", "B1=."], r"--ablations: \['B1', 'B1'\] has a name twice"),
         (["--ablations", "../x=."], "'../x=.' is not NAME=DIR"),
         (["--ablations", "B1"], "'B1' is not NAME=DIR"),
