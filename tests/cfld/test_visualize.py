@@ -80,6 +80,7 @@ def test_wrong_input_is_found_before_work_starts(weights, folder, caplog):
         (("--block", 2), "--block 2: there are 1 blocks"),
         (("--pose", folder / "none.json"), "none.json: no such file"),
         (("--weights", folder), "no weights of this project"),
+        (("--output", folder / "anna.json"), "anna.json: is a file; name a folder"),
     ):
         caplog.clear()
         assert run(weights, folder, *arguments) == 2
