@@ -6,6 +6,7 @@ import argparse
 import logging
 import pickle
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cfld.codec import Codec, VaeCodec, build_codec
+from cfld.command import make_parser
 from cfld.config import CFLDConfig
 from cfld.config_file import ConfigError, load_config
 from cfld.model import CFLD, build_conditioning_parts
@@ -25,7 +27,6 @@ from cfld.pipeline import CFLDPipeline
 
 logger = logging.getLogger("cfld.import_official")  # run as a command, __name__ is another
 
-NUM_NAMES_SHOWN = 10
 _EXAMPLE = """\
 example:
   python -m cfld.import_official --model pytorch_model.bin --unet pytorch_model_1.bin \\
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("cfld").setLevel(logging.INFO)
     try:
+        if Path(options.output).is_file():
+            raise CheckpointError(f"{options.output}: is a file; give a folder")
         config = load_config(options.config)
         codec = load_codec(config, options.vae)
         model = import_model(config, read_tensors(options.model), read_tensors(options.unet))
@@ -66,12 +69,14 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Named tensors from a safetensors file or a pickle, of which nothing is executed.
 
     Raises:
-        CheckpointError: If it cannot be read or holds anything else.
+        CheckpointError: If it cannot be read, or holds anything else or values that are not finite.
     """
     try:
         if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            tensors = load_file(path)
+        else:
+            is_zipped = zipfile.is_zipfile(path)  # by torch 1.6 or later
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipped)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except pickle.UnpicklingError as error:
@@ -82,10 +87,15 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"{path}: holds a {type(tensors).__name__}, not named tensors")
-    others = [str(name) for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if others:
-        raise CheckpointError(f"{path}: {_listed(others, 'entries that are no tensors')}")
-    return {str(name): value for name, value in tensors.items()}
+    named = {str(name): value for name, value in tensors.items()}
+    for is_right, problem in (
+        (_is_dense, "entries that are no dense tensors"),
+        (_is_finite, "tensors with values that are not finite"),
+    ):
+        wrong = [name for name, value in named.items() if not is_right(value)]
+        if wrong:
+            raise CheckpointError(f"{path}: {_listed(wrong, problem)}")
+    return named
 
 
 def import_model(
@@ -114,10 +124,10 @@ def rename_tensors(
     """The authors' tensors under our names, in float32; `wanted` has our names and shapes.
 
     Raises:
-        CheckpointError: Listing what is missing, unexpected or of another shape.
+        CheckpointError: Listing what is missing, unexpected, of another shape or no weights.
     """
     renamed: dict[str, Tensor] = {}
-    unexpected, misshapen, filled = [], [], set()
+    unexpected, misshapen, whole_numbers, filled = [], [], [], set()
     for name, tensor in official.items():
         try:
             ours = our_name(name, len(config.branch_shapes))
@@ -131,12 +141,15 @@ def rename_tensors(
             unexpected.append(name)
         elif tensor.shape != wanted[ours].shape:
             misshapen.append(f"{name} {tuple(tensor.shape)}, not {tuple(wanted[ours].shape)}")
+        elif not tensor.is_floating_point():
+            whole_numbers.append(name)
         else:
             renamed[ours] = tensor.to(torch.float32)
     problems = {
-        "tensors are missing (in our names)": sorted(wanted.keys() - filled),
+        "tensors are missing (in our names)": list(wanted.keys() - filled),
         "tensors are not known to this configuration": unexpected,
         "tensors have another shape": misshapen,
+        "tensors are no floating-point numbers": whole_numbers,
     }
     found = [_listed(names, problem) for problem, names in problems.items() if names]
     if found:
@@ -151,7 +164,7 @@ def load_codec(config: CFLDConfig, vae: str | None) -> Codec:
     """The codec, its VAE from a hub name or a folder with `vae/` in it.
 
     Raises:
-        CheckpointError: If there is no VAE, or it halves images more or less often than wanted.
+        CheckpointError: If there is no VAE, or its latents have another size than wanted.
     """
     settings = replace(config.codec, pretrained=vae) if vae else config.codec
     if settings.kind == "vae" and not settings.pretrained:
@@ -170,22 +183,29 @@ def load_codec(config: CFLDConfig, vae: str | None) -> Codec:
                 f"{settings.pretrained}: one latent of its VAE is {factor} pixels wide, the "
                 f"configuration has codec.factor {settings.factor}"
             )
+        channels = codec.vae.config.latent_channels
+        if channels != settings.latent_channels:
+            raise CheckpointError(
+                f"{settings.pretrained}: latents of its VAE have {channels} channels, not "
+                f"{settings.latent_channels}; give Stable Diffusion 1.5's"
+            )
     return codec
 
 
 def _listed(names: Sequence[str], what: str) -> str:
-    shown = "".join(f"\n  {name}" for name in names[:NUM_NAMES_SHOWN])
-    more = len(names) - NUM_NAMES_SHOWN
-    return f"{len(names)} {what}:{shown}" + (f"\n  and {more} more" if more > 0 else "")
+    return f"{len(names)} {what}:" + "".join(f"\n  {name}" for name in sorted(names))
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m cfld.import_official",
-        description=__doc__,
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("cfld.import_official", __doc__, _EXAMPLE)
     parser.add_argument("--model", required=True, metavar="FILE", help="S, D, A and P")
     parser.add_argument("--unet", required=True, metavar="FILE", help="N")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the pipeline goes")
