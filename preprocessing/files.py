@@ -23,6 +23,13 @@ def is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
+def why_no_image(file: str) -> str | None:
+    """Return the reason why what `walk_files` yields is no image by its name, None if it is one."""
+    if file.endswith("/"):
+        return "unreadable"
+    return None if is_image(file) else "not_an_image"
+
+
 def first_present(wanted: Mapping[str, Sequence[str]], present: Collection[str]) -> dict[str, str]:
     """Return for each key the first of its names that is present; keys without one are left out."""
     found = {key: [name for name in names if name in present] for key, names in wanted.items()}
@@ -66,7 +73,7 @@ def walk_files(folder: str) -> Iterator[str]:
     """Yield the paths, relative to `folder`, of all files below it, without clutter.
 
     The order is that of the paths' parts, the same on every file system. A sub-folder that may not
-    be read comes as if it were a file, so that it ends as a reject.
+    be read comes with a slash at its end, so that it ends as a reject.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -97,7 +104,7 @@ def _walk(folder: str, below: str, above: frozenset[tuple[int, int]]) -> Iterato
             try:
                 yield from _walk(f"{folder}/{name}", f"{below}{name}/", above | {identity})
             except PermissionError:
-                yield f"{below}{name}"
+                yield f"{below}{name}/"
         else:
             yield f"{below}{name}"
 

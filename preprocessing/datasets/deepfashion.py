@@ -11,7 +11,7 @@ from functools import partial
 import fsspec
 
 from preprocessing.datasets import patn
-from preprocessing.files import first_present, is_image, list_folder, resolve, walk_files
+from preprocessing.files import first_present, list_folder, resolve, walk_files, why_no_image
 from preprocessing.listing import Dataset, Photo, Reject
 
 # Where the folder of MEN and WOMEN lies, depending on where which zip was unpacked.
@@ -50,14 +50,15 @@ class Source:
 
     folder: str
     is_flat: bool
+    is_root: bool = False
 
     def path(self, name: str) -> str:
         """Return where this source holds a published name."""
         return f"{self.folder}/{name if self.is_flat else raw_path(name)}"
 
     def files(self) -> Iterator[str]:
-        """Yield the paths of all files below the folder; of a raw tree, in MEN and WOMEN alone."""
-        if self.is_flat:
+        """Yield the paths of all files below the folder; in a root, of MEN and WOMEN alone."""
+        if not self.is_root:
             yield from walk_files(self.folder)
             return
         for gender in sorted(GENDERS.intersection(list_folder(self.folder)[0])):
@@ -68,10 +69,11 @@ def list_photos(root: str) -> Iterator[Photo | Reject]:
     """List what is in `train.lst` and `test.lst`, sorted by name within a split.
 
     An image that is there several times (flattened copies beside the raw tree) counts once, and the
-    flattened copy is read. Files that no list names are rejected as `not_listed`.
+    flattened copy is read. Files that no list names are rejected as `not_listed`, folders of copies
+    in low resolution beside others as `not_used`; what else lies in the root is passed over.
     """
     root = resolve(root)
-    sources, lists = _find_sources(root), _find_lists(root)
+    (sources, unused), lists = _find_sources(root), _find_lists(root)
     if not sources or len(lists) < len(patn.SPLITS):
         raise FileNotFoundError(_missing(root, sources, lists))
     split_of: dict[str, str] = {}
@@ -80,12 +82,19 @@ def list_photos(root: str) -> Iterator[Photo | Reject]:
     holder: dict[str, Source] = {}
     for source in sources:
         for file in source.files():
-            name = file if source.is_flat else flat_name(file)
+            name, path = file if source.is_flat else flat_name(file), f"{source.folder}/{file}"
             if name in split_of:
                 holder.setdefault(name, source)
-            else:
-                reason = "not_listed" if is_image(file) else "not_an_image"
-                yield Reject(path=f"{source.folder}/{file}", stage="listing", reason=reason)
+            elif not any(path.startswith(f"{inner}/") for inner in _inside(source, sources)):
+                reason = why_no_image(file) or "not_listed"
+                yield Reject(path=path, stage="listing", reason=reason)
+    for folder in unused:
+        yield Reject(
+            path=folder,
+            stage="listing",
+            reason="not_used",
+            detail="copies in low resolution, beside the images themselves",
+        )
     for split in patn.SPLITS:
         for name in sorted(name for name, of in split_of.items() if of == split):
             if name in holder:
@@ -131,17 +140,21 @@ def _find_lists(root: str) -> dict[str, str]:
     return {split: f"{root}/{name}" for split, name in first_present(names, files).items()}
 
 
-def _find_sources(root: str) -> list[Source]:
-    """Find the folders of images, the preferred one first."""
+def _find_sources(root: str) -> tuple[list[Source], list[str]]:
+    """Find the folders of images, the preferred one first, and those that are left unused."""
     folders = list_folder(root)[0]
     sources = [Source(f"{root}/{name}", is_flat=True) for name in FLAT if name in folders]
     for tree in TREES:
         folder = f"{root}/{tree}".rstrip("/")
         if not GENDERS.isdisjoint(_folders(folder)):
-            sources.append(Source(folder, is_flat=False))
-            break
-    low = [Source(f"{root}/{name}", is_flat=True) for name in FLAT_LOW if name in folders]
-    return sources or low
+            sources.append(Source(folder, is_flat=False, is_root=not tree))
+    low = [f"{root}/{name}" for name in FLAT_LOW if name in folders]
+    return (sources, low) if sources else ([Source(folder, is_flat=True) for folder in low], [])
+
+
+def _inside(source: Source, sources: list[Source]) -> list[str]:
+    """Return the folders of the sources that lie inside a source's."""
+    return [s.folder for s in sources if s.folder.startswith(f"{source.folder}/")]
 
 
 def _folders(folder: str) -> list[str]:

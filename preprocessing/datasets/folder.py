@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from preprocessing.files import is_image, list_folder, resolve, walk_files
+from preprocessing.files import list_folder, resolve, walk_files, why_no_image
 from preprocessing.listing import Dataset, Photo, Reject
 
 SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
@@ -37,8 +37,8 @@ def list_photos(root: str) -> Iterator[Photo | Reject]:
 
 def _fault(parts: list[str], file: str) -> str | None:
     """Return why a file of these parts (split, person, image) is none of the dataset."""
-    if not is_image(file):
-        return "not_an_image"
+    if reason := why_no_image(file):
+        return reason
     if parts[0] not in SPLITS:
         return "not_in_a_split"
     if len(parts) < 3:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from preprocessing.datasets import patn
-from preprocessing.files import first_present, is_image, list_folder, resolve, walk_files
+from preprocessing.files import first_present, list_folder, resolve, walk_files, why_no_image
 from preprocessing.listing import Dataset, Photo, Reject
 
 # The second name of a split is what other pose-transfer systems rename the folder to.
@@ -44,7 +44,7 @@ def list_photos(root: str) -> Iterator[Photo | Reject]:
                     is_pairable=match[1] not in NOT_PAIRABLE,
                 )
             else:
-                reason = "malformed_name" if is_image(file) else "not_an_image"
+                reason = why_no_image(file) or "malformed_name"
                 yield Reject(path=path, stage="listing", reason=reason)
 
 

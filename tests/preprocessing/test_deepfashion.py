@@ -142,6 +142,21 @@ def test_low_resolution_copies_are_not_mixed_with_the_tree(tmp_path: Path) -> No
     write_tree(tmp_path)
     write_flat(tmp_path, ("train", "test"))
     assert not [photo.path for photo in photos(tmp_path) if "/train/" in photo.path]
+    assert rejects(tmp_path) == {"not_used": [f"{tmp_path}/train", f"{tmp_path}/test"]}
+
+
+@pytest.mark.parametrize("trees", [("Img/img_highres", "img_highres"), ("Img", "Img/img_highres")])
+def test_men_and_women_may_lie_in_different_places(tmp_path: Path, trees: tuple[str, str]) -> None:
+    write_lists(tmp_path)
+    write_tree(tmp_path / "all")
+    for tree, gender in zip(trees, ("WOMEN", "MEN"), strict=True):
+        (tmp_path / tree).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "all" / gender).rename(tmp_path / tree / gender)
+    touch(tmp_path / trees[1] / "stray.jpg")
+    found = photos(tmp_path)
+    assert [photo.name for photo in found] == sorted(NAMES["train"]) + sorted(NAMES["test"])
+    assert all(Path(photo.path).is_file() for photo in found)
+    assert rejects(tmp_path) == {"not_listed": [f"{tmp_path}/{trees[1]}/stray.jpg"]}
 
 
 def test_whatever_cannot_be_used_is_a_reject(tmp_path: Path) -> None:
@@ -152,6 +167,7 @@ def test_whatever_cannot_be_used_is_a_reject(tmp_path: Path) -> None:
     missing.unlink()
     unlisted = [
         str(tree / "MEN/odd name.jpg"),
+        str(tree / "MEN_old/a.jpg"),
         str(tree / "WOMEN/Skirts/id_00000009/01_1_front.jpg"),
     ]
     for extra in [*unlisted, tree / "MEN" / "notes.txt"]:

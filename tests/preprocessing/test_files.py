@@ -2,6 +2,8 @@
 
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -9,11 +11,31 @@ import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
-from preprocessing.files import is_image, list_folder, resolve, walk_files
+from preprocessing.datasets import DATASETS
+from preprocessing.files import is_image, list_folder, resolve, walk_files, why_no_image
+from preprocessing.listing import Reject
 
 FILES = ["b/2.jpg", "b/1.jpg", "b c/1.jpg", "a.jpg", "b/d/e.png", "a/x", "é.jpg"]
 CLUTTER = [".hidden.jpg", "b/.DS_Store", "b/Thumbs.db", "__MACOSX/b/1.jpg", ".git/a.jpg"]
 WALK = ["a/x", "a.jpg", "b/1.jpg", "b/2.jpg", "b/d/e.png", "b c/1.jpg", "é.jpg"]
+
+
+@pytest.fixture
+def as_nobody() -> Iterator[Path]:
+    """A folder named as one of Market-1501, without root's right to read everything."""
+    with tempfile.TemporaryDirectory() as root:
+        Path(root).chmod(0o755)
+        folder = Path(root) / "bounding_box_train"
+        folder.mkdir()
+        folder.chmod(0o777)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            if is_root:
+                os.seteuid(0)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -80,12 +102,19 @@ def test_links_are_followed_and_their_cycles_end(tmp_path: Path) -> None:
     assert list(walk_files(str(root))) == ["broken.jpg", "file.jpg", "linked/person/1.jpg"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
-def test_a_folder_that_may_not_be_read_comes_as_a_file(tmp_path: Path) -> None:
-    (tmp_path / "closed").mkdir(mode=0)
-    (tmp_path / "open").mkdir()
-    (tmp_path / "open" / "1.jpg").touch()
-    assert list(walk_files(str(tmp_path))) == ["closed", "open/1.jpg"]
+def test_a_folder_that_may_not_be_read_is_told(as_nobody: Path) -> None:
+    (as_nobody / "closed").mkdir(mode=0)
+    (as_nobody / "open").mkdir()
+    (as_nobody / "open" / "1.jpg").touch()
+    files = list(walk_files(str(as_nobody)))
+    assert files == ["closed/", "open/1.jpg"]
+    assert [why_no_image(file) for file in [*files, "a.txt"]] == [
+        "unreadable", None, "not_an_image",
+    ]  # fmt: skip
+    for dataset, root in (("market1501", as_nobody.parent), ("folder", as_nobody)):
+        first = next(iter(DATASETS[dataset].list_photos(str(root))))
+        assert isinstance(first, Reject)
+        assert (first.path, first.reason) == (f"{as_nobody}/closed/", "unreadable")
 
 
 def test_resolve_gives_absolute_paths_and_full_urls(
