@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cfld.attention import AttentionProcessor, run
+from cfld.attention import run
 from cfld.checks import check_choice, check_multiples, check_sizes
 
 BIASED = ("queries", "context", "nothing")
@@ -47,7 +46,7 @@ class BranchShape:
 class AppearanceBranch(nn.Module):
     """Transformer blocks between two zero convolutions (CFLD Fig. 2c)."""
 
-    def __init__(self, config: AppearanceConfig, shape: BranchShape, *, attention: str) -> None:
+    def __init__(self, config: AppearanceConfig, shape: BranchShape) -> None:
         super().__init__()
         width = config.widths[shape.level]
         self.conv_in = nn.Conv2d(shape.feature_dim, width, shape.stride, stride=shape.stride)
@@ -63,9 +62,6 @@ class AppearanceBranch(nn.Module):
         self.conv_out = nn.Conv2d(width, shape.bias_dim, kernel_size=1)
         for parameter in (*self.conv_in.parameters(), *self.conv_out.parameters()):
             nn.init.zeros_(parameter)
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.set_processor(AttentionProcessor(attention))
 
     def forward(
         self, features: Float[Tensor, "batch channels height width"], recompute: bool = False
@@ -83,19 +79,11 @@ class AppearanceBranch(nn.Module):
 class AppearanceEncoder(nn.Module):
     """One independent branch for each up-sampling cross-attention, in the UNet's order."""
 
-    def __init__(
-        self, config: AppearanceConfig, shapes: Sequence[BranchShape], *, attention: str
-    ) -> None:
+    def __init__(self, config: AppearanceConfig, shapes: Sequence[BranchShape]) -> None:
         super().__init__()
         self.recompute = False
         self.levels = tuple(shape.level for shape in shapes)
-        self.branches = nn.ModuleList(
-            AppearanceBranch(config, shape, attention=attention) for shape in shapes
-        )
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward instead of keeping its activations."""
-        self.recompute = enabled
+        self.branches = nn.ModuleList(AppearanceBranch(config, shape) for shape in shapes)
 
     def forward(
         self, features: tuple[Float[Tensor, "batch _c _h _w"], ...]

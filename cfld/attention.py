@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from einops import rearrange
 from jaxtyping import Float
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -59,6 +60,15 @@ class AttentionProcessor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         keys_values = project_keys_values(attn, context)
         return mix_values(attn, self.kernel, attn.to_q(hidden_states), keys_values)
+
+
+def set_kernel(module: nn.Module, attention: str) -> None:
+    """Let all attention in S, D or A run by this kernel."""
+    for layer in module.modules():
+        if isinstance(layer, Attention):
+            layer.set_processor(AttentionProcessor(attention))
+        elif isinstance(layer, WindowAttention):
+            layer.fused_attn = attention == "sdpa"
 
 
 def project_keys_values(

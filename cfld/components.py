@@ -69,20 +69,11 @@ class Conditioner(ModelMixin, ConfigMixin):
     @property
     def parts(self) -> ConditioningParts:
         """The parts as `CFLD` takes them."""
-        return ConditioningParts(
-            source_encoder=self.source_encoder,
-            prompt_decoder=self.prompt_decoder,
-            appearance=self.appearance,
-            pose_adapter=self.pose_adapter,
-            learnable_vector=self.learnable_vector,
-        )
+        return ConditioningParts.of(self)
 
     def _take(self, parts: ConditioningParts) -> None:
-        self.source_encoder = parts.source_encoder
-        self.prompt_decoder = parts.prompt_decoder
-        self.appearance = parts.appearance
-        self.pose_adapter = parts.pose_adapter
-        self.learnable_vector = parts.learnable_vector
+        for name, part in vars(parts).items():
+            setattr(self, name, part)
 
 
 class PixelAutoencoder(ModelMixin, ConfigMixin):

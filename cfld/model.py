@@ -1,7 +1,9 @@
 """CFLD: the one root module that holds S, D, A, P, N and the learnable vector."""
 
+from __future__ import annotations
+
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -9,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cfld.appearance import AppearanceEncoder
+from cfld.attention import set_kernel
 from cfld.conditioning import Conditioning, drop_conditions
 from cfld.config import PARTS, CFLDConfig
 from cfld.objective import (
@@ -37,32 +40,35 @@ class ConditioningParts:
     pose_adapter: PoseAdapter
     learnable_vector: nn.Parameter
 
+    @classmethod
+    def of(cls, module: nn.Module) -> ConditioningParts:
+        """The parts that a module holds under these names."""
+        return cls(**{field.name: getattr(module, field.name) for field in fields(cls)})
+
 
 def build_conditioning_parts(config: CFLDConfig, *, pretrained: bool = True) -> ConditioningParts:
     """S, D, A and P from pretrained weights where the configuration names some."""
-    attention, features = config.attention, config.feature_shape
+    features = config.feature_shape
     has_biases = config.appearance.biases != "nothing"
     has_features = has_biases or config.prompt_decoder.kind != "clip"
     num_tokens = config.prompt_decoder.num_tokens(features.num_tokens)
-    return ConditioningParts(
+    parts = ConditioningParts(
         source_encoder=(
-            SourceEncoder(config.source_encoder, attention=attention, pretrained=pretrained)
-            if has_features
-            else None
+            SourceEncoder(config.source_encoder, pretrained=pretrained) if has_features else None
         ),
-        prompt_decoder=build_prompt_decoder(
-            config.prompt_decoder, features, attention=attention, pretrained=pretrained
-        ),
+        prompt_decoder=build_prompt_decoder(config.prompt_decoder, features, pretrained=pretrained),
         appearance=(
-            AppearanceEncoder(config.appearance, config.branch_shapes, attention=attention)
-            if has_biases
-            else None
+            AppearanceEncoder(config.appearance, config.branch_shapes) if has_biases else None
         ),
         pose_adapter=PoseAdapter(
             config.pose_adapter, channels=tuple(config.unet.channels[: config.num_levels])
         ),
         learnable_vector=nn.Parameter(torch.randn(1, num_tokens, config.prompt_decoder.dim)),
     )
+    for part in (parts.source_encoder, parts.prompt_decoder, parts.appearance):
+        if part is not None:
+            set_kernel(part, config.attention)
+    return parts
 
 
 class CFLD(nn.Module):
@@ -107,15 +113,15 @@ class CFLD(nn.Module):
     def set_gradient_checkpointing(self, parts: Collection[str]) -> None:
         """Recompute the activations of these parts, and of no others, in the backward."""
         for name in PARTS:
-            part = getattr(self, name)
-            if name == "unet":
-                (
-                    part.enable_gradient_checkpointing
-                    if name in parts
-                    else part.disable_gradient_checkpointing
-                )()
-            elif hasattr(part, "set_gradient_checkpointing"):
-                part.set_gradient_checkpointing(name in parts)
+            part, is_wanted = getattr(self, name), name in parts
+            if name == "unet" and is_wanted:
+                part.enable_gradient_checkpointing()
+            elif name == "unet":
+                part.disable_gradient_checkpointing()
+            elif name == "source_encoder" and part is not None:
+                part.swin.set_grad_checkpointing(is_wanted)
+            elif hasattr(part, "recompute"):
+                part.recompute = is_wanted
 
     def condition(
         self,

@@ -81,15 +81,8 @@ class CFLDPipeline(DiffusionPipeline):
     @classmethod
     def from_model(cls, model: CFLD, codec: Codec) -> CFLDPipeline:
         """A pipeline around a (trained) model and its codec; weights are shared, not copied."""
-        parts = ConditioningParts(
-            source_encoder=model.source_encoder,
-            prompt_decoder=model.prompt_decoder,
-            appearance=model.appearance,
-            pose_adapter=model.pose_adapter,
-            learnable_vector=model.learnable_vector,
-        )
         return cls(
-            conditioner=Conditioner.from_parts(model.config, parts),
+            conditioner=Conditioner.from_parts(model.config, ConditioningParts.of(model)),
             unet=model.unet,
             vae=codec.vae if isinstance(codec, VaeCodec) else PixelAutoencoder(codec.factor),
             scheduler=model.scheduler.from_config(model.scheduler.config),

@@ -45,10 +45,6 @@ class PoseAdapter(nn.Module):
             for incoming, outgoing in zip((channels[0], *channels), channels, strict=False)
         )
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward instead of keeping its activations."""
-        self.recompute = enabled
-
     def forward(
         self, pose_map: Float[Tensor, "batch 21 height width"]
     ) -> tuple[Float[Tensor, "batch _c _h _w"], ...]:

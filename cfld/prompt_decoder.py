@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cfld.attention import AttentionProcessor, run
+from cfld.attention import run
 from cfld.checks import check_choice, check_multiples, check_sizes
 from cfld.prompt_ablations import ClipPrompt, EmptyPrompt, FeaturePrompt
 
@@ -55,9 +55,7 @@ class FeatureShape:
 class PromptDecoder(nn.Module):
     """Learnable queries refined over the last feature map (CFLD Fig. 2b)."""
 
-    def __init__(
-        self, config: PromptDecoderConfig, features: FeatureShape, *, attention: str = "sdpa"
-    ) -> None:
+    def __init__(self, config: PromptDecoderConfig, features: FeatureShape) -> None:
         super().__init__()
         self.recompute = False
         queries = (config.num_queries, config.dim)
@@ -67,13 +65,8 @@ class PromptDecoder(nn.Module):
             0.02 * torch.randn(1, features.num_tokens, features.dim)
         )
         self.blocks = nn.ModuleList(
-            PromptDecoderBlock(config, features.dim, attention=attention)
-            for _ in range(config.depth)
+            PromptDecoderBlock(config, features.dim) for _ in range(config.depth)
         )
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward instead of keeping its activations."""
-        self.recompute = enabled
 
     def forward(self, source: Source, features: Features) -> Prompt:
         """The prompt F_out; neither the features nor the prompt are normalised."""
@@ -91,7 +84,7 @@ class PromptDecoderBlock(nn.Module):
     authors' code.
     """
 
-    def __init__(self, config: PromptDecoderConfig, feature_dim: int, *, attention: str) -> None:
+    def __init__(self, config: PromptDecoderConfig, feature_dim: int) -> None:
         super().__init__()
         self.cross_norm = nn.LayerNorm(config.dim)
         self.cross_attention = Attention(
@@ -99,14 +92,12 @@ class PromptDecoderBlock(nn.Module):
             cross_attention_dim=feature_dim,
             heads=config.num_heads,
             dim_head=config.dim // config.num_heads,
-            processor=AttentionProcessor(attention),
         )
         self.self_norm = nn.LayerNorm(config.dim)
         self.self_attention = Attention(
             config.dim,
             heads=config.num_heads,
             dim_head=config.dim // config.num_heads,
-            processor=AttentionProcessor(attention),
         )
         self.feed_forward_norm = nn.LayerNorm(config.dim)
         self.feed_forward = FeedForward(config.dim, activation_fn="geglu")
@@ -126,12 +117,12 @@ class PromptDecoderBlock(nn.Module):
 
 
 def build_prompt_decoder(
-    config: PromptDecoderConfig, features: FeatureShape, *, attention: str, pretrained: bool
+    config: PromptDecoderConfig, features: FeatureShape, *, pretrained: bool
 ) -> nn.Module:
     """D, or what stands in its place in Table 3."""
     match config.kind:
         case "refined":
-            return PromptDecoder(config, features, attention=attention)
+            return PromptDecoder(config, features)
         case "features":
             return FeaturePrompt(features.dim, config.dim)
         case "empty":

@@ -4,16 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import timm
-import torch
-import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
-from timm.models.swin_transformer import SwinTransformer
+from timm.layers import resize_rel_pos_bias_table_simple
+from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from torch import Tensor, nn
 
 from cfld.checks import check_multiples, check_sizes
-
-BIAS_TABLE = "relative_position_bias_table"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +70,7 @@ class SourceEncoderConfig:
 class SourceEncoder(nn.Module):
     """Swin Transformer returning the last output of each stage, not normalised (CFLD Fig. 2, S)."""
 
-    def __init__(
-        self, config: SourceEncoderConfig, *, attention: str = "sdpa", pretrained: bool = True
-    ) -> None:
+    def __init__(self, config: SourceEncoderConfig, *, pretrained: bool = True) -> None:
         super().__init__()
         self.image_size = tuple(config.image_size)
         self.swin = SwinTransformer(
@@ -92,16 +86,9 @@ class SourceEncoder(nn.Module):
         self.swin.prune_intermediate_layers(
             list(range(len(config.depths))), prune_norm=True, prune_head=True
         )
-        for stage in self.swin.layers:
-            for block in stage.blocks:
-                block.attn.fused_attn = attention == "sdpa"
         if pretrained and config.pretrained:
             weights = pretrained_weights(config, config.pretrained)
-            self.swin.load_state_dict(fit_bias_tables(weights, self.swin.state_dict()))
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward instead of keeping its activations."""
-        self.swin.set_grad_checkpointing(enabled)
+            self.swin.load_state_dict(fit_bias_tables(weights, self.swin))
 
     def forward(
         self, source: Float[Tensor, "batch 3 height width"]
@@ -135,39 +122,18 @@ def pretrained_weights(config: SourceEncoderConfig, architecture: str) -> dict[s
     return {name: kept[name] for name in kept if not name.startswith(("norm.", "head."))}
 
 
-def fit_bias_tables(
-    weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Resize the tables of relative-position biases in `weights` to the shapes in `wanted`.
+def fit_bias_tables(weights: Mapping[str, Tensor], swin: SwinTransformer) -> dict[str, Tensor]:
+    """Resize the tables of relative-position biases in `weights` to the windows of `swin`.
 
     As the authors do: bicubic over the (2w-1)x(2w-1) offsets of a square window. timm would
     stretch the offsets geometrically, which gives other values.
     """
-    return {
-        name: (
-            resize_bias_table(table, wanted[name].shape[0])
-            if name.endswith(BIAS_TABLE) and table.shape != wanted[name].shape
-            else table
-        )
-        for name, table in weights.items()
-    }
-
-
-def resize_bias_table(
-    table: Float[Tensor, "offsets heads"], num_offsets: int
-) -> Float[Tensor, "new_offsets heads"]:
-    """Bicubic resize of one bias table between square windows.
-
-    Raises:
-        ValueError: If the new window is not square.
-    """
-    old, new = round(table.shape[0] ** 0.5), round(num_offsets**0.5)
-    if new * new != num_offsets:
-        raise ValueError(
-            f"a table of {num_offsets} relative positions belongs to a window that is not square, "
-            "which pretrained biases do not fit; choose a square source image "
-            "or no pretrained weights"
-        )
-    grid = rearrange(table, "(h w) heads -> 1 heads h w", h=old)
-    grid = F.interpolate(grid.to(torch.float32), size=(new, new), mode="bicubic")
-    return rearrange(grid, "1 heads h w -> (h w) heads").to(table.dtype)
+    tables = {}
+    for name, layer in swin.named_modules():
+        if isinstance(layer, WindowAttention):
+            table = f"{name}.relative_position_bias_table"
+            shape = tuple(layer.relative_position_bias_table.shape)
+            tables[table] = resize_rel_pos_bias_table_simple(
+                weights[table], layer.window_size, shape
+            )
+    return {**weights, **tables}

@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from cfld.source_encoder import SourceEncoder, SourceEncoderConfig, resize_bias_table
+from cfld.source_encoder import SourceEncoder, SourceEncoderConfig
 
 SMALL = SourceEncoderConfig(
     image_size=(128, 128), width=16, depths=(1, 2, 1, 1), num_heads=(1, 1, 2, 2), window_size=16
@@ -52,6 +52,17 @@ def test_pretrained_weights_load_with_resized_biases(tmp_path, published, layout
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
+def test_biases_are_resized_to_windows_that_are_not_square(tmp_path, published):
+    path = tmp_path / "swin.pth"
+    torch.save(published, path)
+    wide = replace(SMALL, image_size=(64, 128), weights=str(path))
+    attention = SourceEncoder(wide).swin.layers[2].blocks[0].attn
+    assert attention.window_size == (4, 8)
+    grid = published["layers.2.blocks.0.attn.relative_position_bias_table"].T.view(1, -1, 23, 23)
+    expected = F.interpolate(grid, (7, 15), mode="bicubic").flatten(2)[0].T
+    torch.testing.assert_close(attention.relative_position_bias_table, expected)
+
+
 def test_maps_are_the_last_outputs_of_each_stage():
     torch.manual_seed(0)
     encoder = SourceEncoder(SMALL, pretrained=False).eval()
@@ -85,5 +96,3 @@ def test_sizes_that_do_not_fit_are_refused():
         SourceEncoderConfig(image_size=(250, 256))
     with pytest.raises(ValueError, match="4 depths but 3 num_heads"):
         SourceEncoderConfig(num_heads=(4, 8, 16))
-    with pytest.raises(ValueError, match="a window that is not square"):
-        resize_bias_table(torch.zeros(23 * 23, 4), 15 * 31)
