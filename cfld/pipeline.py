@@ -40,7 +40,6 @@ from cfld.pipeline_inputs import (
     read_poses,
     read_sources,
 )
-from cfld.schedulers import compatible_schedulers as compatible_schedulers
 from cfld.unet import LayerAttention, check_complete, install_processors, set_trained
 
 Latents = Float[Tensor, "batch channels height width"]
