@@ -1,8 +1,12 @@
 """Bad input never stops the job and never vanishes: each kind has its reason, and is counted."""
 
 import io
+import json
 import os
+import shutil
 import struct
+import subprocess
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -22,7 +26,7 @@ from cfld.images import ImageError, decode_image
 from cfld.keypoint_writers import write_coco_json, write_openpose_json, write_patn_csv
 from cfld.keypoints import ImagePeople, KeypointsError
 from preprocessing.build_shards import main
-from preprocessing.listing import Photo, Reject
+from preprocessing.listing import Photo, to_text
 from preprocessing.listing_stage import list_dataset
 from preprocessing.photo_reader import PhotoStoreError, read_ahead, read_photo, read_size
 from preprocessing.published_keypoints import read_published
@@ -82,6 +86,7 @@ REASON_OF = {
     "decompression_bomb.jpg": ("shards", "decompression_bomb"),
     "loop.jpg": ("shards", "unreadable"),
     "pipe.jpg": ("shards", "unreadable"),
+    "caf\\xe9.jpg": ("listing", "undecodable_name"),
     "dangling.jpg": ("shards", "missing_file"),
 }
 
@@ -92,9 +97,9 @@ class Outcome:
     shards: ShardSet
     summary: str
 
-    def rejects(self) -> dict[str | None, dict[str, Any]]:
+    def rejects(self) -> dict[str, dict[str, Any]]:
         rows = self.shards.read_rejects().to_pylist()
-        return {row["name"] and Path(row["name"]).name: row for row in rows}
+        return {Path(row["name"] or row["path"]).name: row for row in rows}
 
     def stored(self) -> dict[str, dict[str, Any]]:
         return {Path(row["name"]).name: row for row in self.shards.read_index().to_pylist()}
@@ -120,6 +125,7 @@ def outcome(ray_workers: int, tmp_path_factory: pytest.TempPathFactory) -> Outco
     (root / "train/bad/loop.jpg").symlink_to("loop.jpg")
     (root / "train/bad/dangling.jpg").symlink_to("nowhere.jpg")
     os.mkfifo(root / "train/bad/pipe.jpg")
+    (root / "train/bad/caf\udce9.jpg").touch()  # a byte that is no UTF-8
     found = np.concatenate([np.arange(5, 23)[:, None].repeat(2, 1), np.ones((18, 1))], axis=1)
     nobody = np.tile(np.array([np.nan, np.nan, 0]), (18, 1))
     half = np.where(np.arange(18)[:, None] < 8, found, nobody)
@@ -233,11 +239,12 @@ def test_every_reason_has_its_line_in_the_summary_and_its_count(outcome: Outcome
 
 def test_nothing_vanishes(outcome: Outcome) -> None:
     """Each file of the root is stored or rejected, and none is both but for the unpaired."""
-    files = {str(p.relative_to(outcome.root)) for p in outcome.root.rglob("*") if not p.is_dir()}
+    paths = (p for p in outcome.root.rglob("*") if not p.is_dir())
+    files = {to_text(str(path.relative_to(outcome.root))) for path in paths}
     rejects = outcome.shards.read_rejects().to_pylist()
     stored = set(outcome.shards.read_index(["name"])["name"].to_pylist())
-    left_out = {r["name"] for r in rejects if not r["is_stored"] and r["name"] in files}
-    assert stored | left_out - {None} == files
+    left_out = {r["path"].removeprefix(f"{outcome.root}/") for r in rejects if not r["is_stored"]}
+    assert stored | left_out & files == files
     assert {r["name"] for r in rejects if r["is_stored"]} <= stored
     assert not stored & {r["name"] for r in rejects if r["stage"] == "shards"}
 
@@ -254,11 +261,21 @@ def test_of_two_files_of_one_name_the_first_counts() -> None:
     ]  # fmt: skip
 
 
-def test_names_that_are_no_text_are_rejected() -> None:
-    photo = Photo(path="/\udcff.jpg", name="\udcff.jpg", person="p", split="train")
-    other = Reject(path="/x", stage="listing", reason="not_an_image")
-    rejects = list_dataset([photo, other]).rejects.to_pylist()
-    assert [row["reason"] for row in rejects] == ["undecodable_name", "not_an_image"]
+def test_duplicate_rows_of_a_table_end_in_rejects_and_summary(
+    ray_workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(encoded(PICTURE, "JPEG"))
+    cell = json.dumps([[5, 5, 1]] * 18)
+    rows = "".join(f'{name},1,"{cell}"\n' for name in ("a.jpg", "./a.jpg", "gone.jpg"))
+    (tmp_path / "photos.csv").write_text("image,person_id,keypoints\n" + rows)
+    words = ["--dataset", "table", "--root", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    rejects = open_shards(str(tmp_path / "out")).read_rejects().to_pylist()
+    assert sorted((row["reason"], Path(row["path"]).name) for row in rejects) == [
+        ("duplicate_name", "a.jpg"), ("missing_image", "gone.jpg"), ("single_image", "a.jpg"),
+    ]  # fmt: skip
+    summary = capsys.readouterr().out.split()
+    assert all(summary[summary.index(row["reason"]) - 1] == "1" for row in rejects)
 
 
 @contextmanager
@@ -282,6 +299,32 @@ def test_a_photo_without_permission_is_unreadable() -> None:
         path.chmod(0)
         with as_nobody(), pytest.raises(ImageError, match=r"unreadable: .*Permission denied"):
             read_photo(str(path))
+
+
+@pytest.mark.slow
+def test_photos_and_folders_without_permission_end_in_rejects_and_summary(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "preprocessing.build_shards", "--dataset", "folder"]
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root may read everything, and there is no setpriv to give that up")
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    root, output = tmp_path / "photos", tmp_path / "out"
+    for name in ("p/a.jpg", "p/b.jpg", "p/secret.jpg", "closed/c.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(encoded(PICTURE, "JPEG"))
+    (root / "p/secret.jpg").chmod(0)
+    (root / "closed").chmod(0)
+    keypoints = np.tile(np.array([9, 9, 1], np.float32), (18, 1))
+    write_patn_csv(tmp_path / "k.csv", [(name, keypoints) for name in ("a.jpg", "b.jpg")])
+    command += ["--root", str(root), "--output", str(output), "--num-workers", "1"]
+    command += ["--keypoints", str(tmp_path / "k.csv")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    (root / "closed").chmod(0o755)
+    assert result.returncode == 0, result.stderr
+    rejects = open_shards(str(output)).read_rejects().to_pylist()
+    unreadable = [row["path"] for row in rejects if row["reason"] == "unreadable"]
+    assert unreadable == [f"{root}/closed/", f"{root}/p/secret.jpg"]
+    assert "2  unreadable" in result.stdout
 
 
 def test_a_folder_named_like_a_photo_is_unreadable(tmp_path: Path) -> None:
