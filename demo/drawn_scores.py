@@ -10,8 +10,8 @@ from einops import rearrange
 from jaxtyping import Float, Float64, UInt8
 
 from cfld.evaluation.metrics import pair_metrics
-from preprocessing.figure_clothes import Region
 from preprocessing.figures import find_silhouette
+from preprocessing.figures.clothes import Region
 
 Pictures = UInt8[np.ndarray, "pairs height width 3"]
 

@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 
-from preprocessing.figure_set import FigureSettings, SettingsMismatchError, draw_dataset
+from preprocessing.figures.drawn_set import FigureSettings, SettingsMismatchError, draw_dataset
 
 
 def main(arguments: list[str] | None = None) -> int:

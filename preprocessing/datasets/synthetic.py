@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from preprocessing.figure_set import SETTINGS, TABLE
+from preprocessing.figures.drawn_set import SETTINGS, TABLE
 from preprocessing.files import resolve
 from preprocessing.listing import Dataset, Photo, Reject
 

@@ -3,8 +3,8 @@ import pytest
 
 from cfld.body_regions import REGIONS, RegionError, draw_regions
 from cfld.pose import JOINT_NAMES
-from preprocessing.figure_clothes import Region
 from preprocessing.figures import draw_figure
+from preprocessing.figures.clothes import Region
 
 SIZE = (96, 64)
 FIGURES = [draw_figure(person, person % 8, size=SIZE, seed=1) for person in range(8)]

@@ -3,8 +3,8 @@ import pytest
 from skimage.metrics import structural_similarity
 
 from demo.drawn_scores import score_pictures
-from preprocessing.figure_clothes import BACKGROUND, Region
 from preprocessing.figures import draw_figure
+from preprocessing.figures.clothes import BACKGROUND, Region
 
 CLOTHES = (Region.TOP, Region.BOTTOM)
 

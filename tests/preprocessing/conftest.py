@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from preprocessing.build_shards import main
-from preprocessing.figure_set import FigureSettings, draw_dataset
+from preprocessing.figures.drawn_set import FigureSettings, draw_dataset
 from preprocessing.ray_session import ray_session
 from shards.format import ShardSet, open_shards
 

@@ -3,11 +3,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from preprocessing.figure_body import Pose, PosedBody, sample_body, sample_pose
-from preprocessing.figure_clothes import ChestPrint, Region, paint, sample_outfit
-from preprocessing.figure_shapes import body_solids
-from preprocessing.figure_solids import DOWN, FRONT, Part, Solid, cast_rays
 from preprocessing.figures import Figure, draw_figure, find_silhouette, pose_figure
+from preprocessing.figures.body import Pose, PosedBody, sample_body, sample_pose
+from preprocessing.figures.clothes import ChestPrint, Region, paint, sample_outfit
+from preprocessing.figures.shapes import body_solids
+from preprocessing.figures.solids import DOWN, FRONT, Part, Solid, cast_rays
 
 NUM_PERSONS, NUM_IMAGES = 24, 6
 R_SHOULDER, L_SHOULDER, R_HIP, L_HIP = 2, 5, 8, 11

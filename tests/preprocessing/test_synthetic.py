@@ -11,8 +11,8 @@ from PIL import Image
 from preprocessing import draw_figures
 from preprocessing.datasets import table
 from preprocessing.datasets.synthetic import DATASET, list_photos
-from preprocessing.figure_set import FigureSettings, SettingsMismatchError, draw_dataset
 from preprocessing.figures import draw_figure
+from preprocessing.figures.drawn_set import FigureSettings, SettingsMismatchError, draw_dataset
 
 SMALL = FigureSettings(
     num_persons=4, num_test_persons=2, images_per_person=2, size=(48, 32), seed=3

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float
 
-from preprocessing.figure_solids import DOWN, FRONT, LEFT
+from preprocessing.figures.solids import DOWN, FRONT, LEFT
 
 HIDDEN_FACE_DEPTH = -0.1
 """A point of the face is missing where its direction to the viewer falls below this."""

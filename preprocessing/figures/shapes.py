@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 from jaxtyping import Float
 
-from preprocessing.figure_body import PosedBody, head_radii
-from preprocessing.figure_solids import DOWN, FRONT, LEFT, Part, Solid
+from preprocessing.figures.body import PosedBody, head_radii
+from preprocessing.figures.solids import DOWN, FRONT, LEFT, Part, Solid
 
 
 def body_solids(posed: PosedBody) -> list[Solid]:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from preprocessing.figures import draw_figure, pose_figure
+from preprocessing.figures.figure import draw_figure, pose_figure
 
 logger = logging.getLogger(__name__)
 

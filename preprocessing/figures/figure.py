@@ -1,4 +1,4 @@
-"""Drawn persons: clothed, articulated figures with exact keypoints, in place of a dataset."""
+"""Draws one person in one pose, with exact keypoints and what each pixel shows."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 
-from preprocessing.figure_body import PosedBody, sample_body, sample_pose, view_of
-from preprocessing.figure_clothes import BACKGROUND, Outfit, Region, paint, sample_outfit
-from preprocessing.figure_shapes import body_solids, hair_solids, skirt_solids
-from preprocessing.figure_solids import Solid, cast_rays
+from preprocessing.figures.body import PosedBody, sample_body, sample_pose, view_of
+from preprocessing.figures.clothes import BACKGROUND, Outfit, Region, paint, sample_outfit
+from preprocessing.figures.shapes import body_solids, hair_solids, skirt_solids
+from preprocessing.figures.solids import Solid, cast_rays
 
 SILHOUETTE_LEVELS = 50
 """A pixel belongs to the figure where a channel differs from the background by more than this."""

@@ -9,8 +9,8 @@ from enum import IntEnum
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from preprocessing.figure_body import EYE_ANGLE, EYE_HEIGHT, MOUTH_HEIGHT, Body
-from preprocessing.figure_solids import Part, SurfaceBuffer
+from preprocessing.figures.body import EYE_ANGLE, EYE_HEIGHT, MOUTH_HEIGHT, Body
+from preprocessing.figures.solids import Part, SurfaceBuffer
 
 Colour = tuple[float, float, float]
 """Red, green and blue in [0, 1]."""
