@@ -47,7 +47,8 @@ class DiffusionConfig:
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "diffusion.zero_terminal_snr leaves no image at the last timestep, where epsilon "
-                "tells nothing of it; set diffusion.prediction_type to sample or v_prediction"
+                "tells nothing of it; set diffusion.prediction_type to sample or v_prediction, or "
+                "zero_terminal_snr to false"
             )
         if set(self.dropped) - set(CONDITIONS):
             raise ValueError(
