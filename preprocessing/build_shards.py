@@ -84,32 +84,46 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--root", required=True, help="where the photos are: folder or URL")
     parser.add_argument("--output", help="where the shards go: folder or URL (s3://...)")
     parser.add_argument("--check", action="store_true", help="say what is in the root, and stop")
-    images = parser.add_argument_group("images")
-    images.add_argument(
+    _add_images(parser)
+    _add_selection(parser)
+    _add_keypoints(parser)
+    _add_running(parser)
+    return parser
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("images")
+    group.add_argument(
         "--image-size",
         nargs="+",
         metavar="PIXELS",
         help="HEIGHT WIDTH, or 'original' for untouched files (default: 512 512, test: original)",
     )
-    images.add_argument("--jpeg-quality", type=int, default=95, metavar="1..100")
-    images.add_argument("--shard-size", type=float, default=64.0, metavar="MB")
-    images.add_argument(
+    group.add_argument("--jpeg-quality", type=int, default=95, metavar="1..100")
+    group.add_argument("--shard-size", type=float, default=64.0, metavar="MB")
+    group.add_argument(
         "--latents",
         metavar="VAE",
         help="store the latents of resized images too, now or in shards that are complete: folder "
         "or hub name of an AutoencoderKL or its pipeline ('tiny' needs none)",
     )
-    selection = parser.add_argument_group("selection")
-    selection.add_argument("--splits", nargs="+", metavar="SPLIT")
-    selection.add_argument("--limit", type=int, metavar="N", help="about N photos: whole persons")
-    selection.add_argument("--seed", type=int, default=0, help="which persons (default: 0)")
-    keypoints = parser.add_argument_group("keypoints and pairs (default: what lies in the root)")
-    keypoints.add_argument(
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("selection")
+    group.add_argument("--splits", nargs="+", metavar="SPLIT")
+    group.add_argument("--limit", type=int, metavar="N", help="about N photos: whole persons")
+    group.add_argument("--seed", type=int, default=0, help="which persons (default: 0)")
+
+
+def _add_keypoints(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("keypoints and pairs (default: what lies in the root)")
+    group.add_argument(
         "--pose-network",
         metavar="FILE",
         help="ONNX, or OpenPose's weights: .pth or a hub repository (default: controlnet-aux's)",
     )
-    keypoints.add_argument(
+    group.add_argument(
         "--keypoints",
         nargs="+",
         default=[],
@@ -117,24 +131,27 @@ def _make_parser() -> argparse.ArgumentParser:
         help="PATN csv, OpenPose or COCO JSON; photos that they lack go to the --pose-network, if "
         "one is named",
     )
-    keypoints.add_argument(
+    group.add_argument(
         "--keypoints-frame",
         type=int,
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
-        help="what their coordinates refer to (default: each photo)",
+        help="what their coordinates refer to (default: of deepfashion's and market1501's csv "
+        "what was published, else each photo)",
     )
-    keypoints.add_argument(
+    group.add_argument(
         "--pairs", nargs="+", metavar="SPLIT=FILE", help="csv from,to instead of all pairs"
     )
-    running = parser.add_argument_group("running")
-    running.add_argument("--num-workers", type=int, metavar="N", help="default: all cores")
-    running.add_argument(
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("running")
+    group.add_argument("--num-workers", type=int, metavar="N", help="default: all cores")
+    group.add_argument(
         "--ray-address",
         metavar="HOST:PORT",
         help="a running Ray cluster, whose nodes all see root and output (default: RAY_ADDRESS)",
     )
-    return parser
 
 
 def _read_settings(options: argparse.Namespace) -> JobSettings:
