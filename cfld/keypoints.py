@@ -18,7 +18,7 @@ import fsspec
 import numpy as np
 from jaxtyping import Float, Float32
 
-from cfld.pose import NUM_JOINTS, is_found
+from cfld.pose import NUM_JOINTS, is_found, mark_missing
 
 PATN_HEADER = "name:keypoints_y:keypoints_x"
 OPENPOSE_KEYS = ("pose_keypoints_2d", "pose_keypoints")  # the second in OpenPose's first versions
@@ -167,7 +167,7 @@ def _parse_patn(lines: Iterable[str]) -> Iterator[ImagePeople | BadRow]:
         except (ValueError, RecursionError) as error:
             yield BadRow(row, str(error))
         else:
-            yield ImagePeople(name, _with_joints(_mark_missing(points)[None]), row)
+            yield ImagePeople(name, _with_joints(mark_missing(points)[None]), row)
 
 
 def _parse_openpose(
@@ -195,7 +195,7 @@ def _openpose_points(values: Any) -> Float32[np.ndarray, "18 3"]:
     points = _numbers(values, 3 * 18, 3 * 25).reshape(-1, 3)
     if len(points) == 25:
         points = points[list(BODY_25_ORDER)]
-    return _in_pixels(_mark_missing(points))
+    return _in_pixels(mark_missing(points))
 
 
 def _parse_coco(content: Any, path: str | Path) -> Iterator[ImagePeople | BadRow]:
@@ -240,7 +240,7 @@ def _coco_points(points: Float[np.ndarray, "17 3"], is_scored: bool) -> Float32[
         points = np.column_stack((points[:, :2], points[:, 2] > 0))
     ours = np.array([points[joint or 0] for joint in COCO_17_ORDER])
     ours[_NECK] = 0
-    ours = _in_pixels(_mark_missing(ours))
+    ours = _in_pixels(mark_missing(ours))
     ours[_NECK] = midpoint(ours, _RIGHT_SHOULDER, _LEFT_SHOULDER)
     return ours
 
@@ -252,12 +252,6 @@ def _numbers(values: Any, *lengths: int) -> Float[np.ndarray, " numbers"]:
     if not all(isinstance(value, int | float) and abs(value) <= _LARGEST for value in values):
         raise ValueError("holds something other than finite numbers")
     return np.array(values, dtype=np.float64)
-
-
-def _mark_missing(points: Float[np.ndarray, "joints 3"]) -> Float32[np.ndarray, "joints 3"]:
-    """Set points without a positive score to NaN, NaN, 0."""
-    is_scored = points[:, 2:] > 0
-    return np.where(is_scored, points, (np.nan, np.nan, 0)).astype(np.float32)
 
 
 def _in_pixels(points: Float32[np.ndarray, "joints 3"]) -> Float32[np.ndarray, "joints 3"]:

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
 NUM_JOINTS = 18
@@ -30,7 +30,9 @@ JOINT_COLORS = (
     (0, 255, 0), (0, 255, 85), (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255),
     (0, 0, 255), (85, 0, 255), (170, 0, 255), (255, 0, 255), (255, 0, 170), (255, 0, 85),
 )  # fmt: skip
-BONE_COLORS = tuple((r * 3 // 5, g * 3 // 5, b * 3 // 5) for r, g, b in JOINT_COLORS)
+BONE_COLORS = tuple((r * 3 // 5, g * 3 // 5, b * 3 // 5) for r, g, b in JOINT_COLORS[: len(BONES)])
+
+MISSING_JOINT = (np.nan, np.nan, 0.0)  # of a joint that was not found: x, y, score
 
 POSE_MAP_SIZE = (256, 256)
 POSE_MAP_CHANNELS = 3 + NUM_JOINTS
@@ -46,6 +48,12 @@ _NOWHERE = -(10**6)
 def is_found(keypoints: Float[np.ndarray, "*batch 18 3"]) -> np.ndarray:
     """Tell which joints were found, `[..., 18]`: those whose coordinates are finite."""
     return np.isfinite(keypoints[..., :2]).all(axis=-1)
+
+
+def mark_missing(points: Float[np.ndarray, "*batch 3"]) -> Float32[np.ndarray, "*batch 3"]:
+    """Replace points without a positive score or with a number that is not finite."""
+    is_there = (points[..., 2:] > 0) & np.isfinite(points).all(axis=-1, keepdims=True)
+    return np.where(is_there, points, MISSING_JOINT).astype(np.float32)
 
 
 def canvas_points(
@@ -85,7 +93,7 @@ def draw_bones(
     places = points.tolist()
     found = [x != _NOWHERE for x, _ in places]
     canvas = np.zeros((*size, 3), dtype=np.uint8)
-    for (start, end), color in zip(BONES, BONE_COLORS, strict=False):
+    for (start, end), color in zip(BONES, BONE_COLORS, strict=True):
         if found[start] and found[end]:
             cv2.line(canvas, places[start], places[end], color, thickness, cv2.LINE_AA)
     for joint, place in enumerate(places):

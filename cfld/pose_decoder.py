@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from cfld.heatmap_peaks import Peaks, find_peaks, sample_enlarged
-from cfld.pose import NUM_JOINTS
+from cfld.pose import MISSING_JOINT, NUM_JOINTS
 
 # (from, to, first of its two affinity channels), in the order of assembly. The last two only
 # complete people that exist already.
@@ -207,7 +207,7 @@ def _assemble(
         if person.num_parts >= config.min_joints
         and person.score >= config.min_mean_score * person.num_parts
     ]
-    keypoints = np.full((len(kept), NUM_JOINTS, 3), (np.nan, np.nan, 0), dtype=np.float32)
+    keypoints = np.full((len(kept), NUM_JOINTS, 3), MISSING_JOINT, dtype=np.float32)
     for row, peaks in enumerate(kept):
         keypoints[row, list(peaks)] = joints[list(peaks.values())]
     return keypoints

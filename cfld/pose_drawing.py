@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt8
 
-from cfld.pose import JOINT_COLORS, NUM_JOINTS, draw_skeleton
+from cfld.pose import JOINT_COLORS, MISSING_JOINT, NUM_JOINTS, draw_skeleton
 
 # Neighbouring joint colours differ by 85, a bone is drawn in 0.6 of its joint's colour.
 _TOLERANCE = 40
@@ -32,7 +32,7 @@ def read_drawing(
     radius_px = _disc_radius(nearest)
     if radius_px is None:
         return None
-    keypoints = np.full((NUM_JOINTS, 3), (np.nan, np.nan, 0), dtype=np.float32)
+    keypoints = np.full((NUM_JOINTS, 3), MISSING_JOINT, dtype=np.float32)
     for joint in range(NUM_JOINTS):
         centre = _disc_centre(nearest, joint, radius_px)
         if centre is not None:

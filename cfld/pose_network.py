@@ -14,7 +14,7 @@ from jaxtyping import Float32, UInt8
 from cfld.images import resize_image
 from cfld.keypoints import main_person
 from cfld.openpose import OnnxInput, OnnxNetwork, OpenPoseNetwork, PoseNetworkError
-from cfld.pose import is_found
+from cfld.pose import MISSING_JOINT, is_found
 from cfld.pose_decoder import DecoderConfig, decode_people
 
 logger = logging.getLogger(__name__)
@@ -166,9 +166,9 @@ def _pose_of(people: Float32[np.ndarray, "people 18 3"], frame: _Frame, stride: 
     margin = stride * (last + 1) / frame.scaled[::-1]
     is_outside = ((people[..., :2] < -margin) | (people[..., :2] > last + margin)).any(axis=-1)
     people[..., :2] = people[..., :2].clip(0, last)
-    people[is_outside] = (np.nan, np.nan, 0)
+    people[is_outside] = MISSING_JOINT
     people = people[is_found(people).any(axis=1)]
     main = main_person(people, frame.image)
     if main is None:
-        return PersonPose(np.full((18, 3), (np.nan, np.nan, 0), dtype=np.float32), 0)
+        return PersonPose(np.full((18, 3), MISSING_JOINT, dtype=np.float32), 0)
     return PersonPose(people[main], len(people))

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cfld.keypoints import BadRow, ImagePeople, KeypointsError, main_person, read_keypoints
+from cfld.pose import MISSING_JOINT
 from preprocessing.listing import Reject, to_text
 from preprocessing.rejects import rejects_of_columns, rejects_table
 from shards.format import NUM_JOINTS
@@ -27,7 +28,7 @@ KEYPOINTS_SCHEMA = pa.schema(
         pa.field("detail", pa.string()),
     ]
 )
-NO_KEYPOINTS = np.tile(np.array([np.nan, np.nan, 0], np.float32), NUM_JOINTS)
+NO_KEYPOINTS = np.tile(np.array(MISSING_JOINT, np.float32), NUM_JOINTS)
 # The same with the file, and the row if it is a csv, that each comes from.
 _LISTED_SCHEMA = KEYPOINTS_SCHEMA.append(pa.field("place", pa.string()))
 _NUM_BATCH = 4096

@@ -21,7 +21,7 @@ from cfld.images import (
     encode_jpeg,
     resize_image,
 )
-from cfld.pose import draw_skeleton, is_found
+from cfld.pose import MISSING_JOINT, draw_skeleton, is_found
 from preprocessing.drawing_png import encode_drawing
 from preprocessing.listing import Reject
 from preprocessing.pairs import UNPAIRABLE
@@ -190,7 +190,7 @@ def _add_sample(
     given = (photo["frame_height"], photo["frame_width"])
     frame = image.photo_size if None in given else given
     keypoints = _keypoints(photo)
-    keypoints[lies_outside(keypoints, frame)] = (np.nan, np.nan, 0)  # nobody could draw them
+    keypoints[lies_outside(keypoints, frame)] = MISSING_JOINT  # nobody could draw them
     keypoints = scale_keypoints(keypoints, frame, image.size)
     invalid_reason = explain_invalid(photo, frame)
     row = photo | {
@@ -221,9 +221,7 @@ def _add_sample(
 
 def _keypoints(photo: Mapping[str, Any]) -> Float32[np.ndarray, "18 3"]:
     if photo["keypoints"] is None:
-        missing = np.full((NUM_JOINTS, 3), np.nan, np.float32)
-        missing[:, 2] = 0
-        return missing
+        return np.full((NUM_JOINTS, 3), MISSING_JOINT, np.float32)
     return np.array(photo["keypoints"], np.float32).reshape(NUM_JOINTS, 3)
 
 

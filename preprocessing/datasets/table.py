@@ -17,6 +17,7 @@ from fsspec.core import url_to_fs
 from jaxtyping import Float32
 
 from cfld.keypoints import KeypointsError, read_pose
+from cfld.pose import mark_missing
 from preprocessing.files import list_folder, resolve
 from preprocessing.listing import Dataset, Photo, Reject
 
@@ -168,9 +169,7 @@ def _parse_keypoints(values: Any) -> Float32[np.ndarray, "18 3"]:
         raise ValueError("a keypoint is not finite; a missing joint is null, null, 0")
     if (points < 0).any():
         raise ValueError("a keypoint is negative; a missing joint is null, null, 0")
-    is_missing = ~((points[:, 2] > 0) & np.isfinite(points).all(axis=1))
-    points[is_missing] = (np.nan, np.nan, 0)
-    return points
+    return mark_missing(points)
 
 
 def _is_there(path: str, listed: dict[str, set[str]]) -> bool:
