@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Float64, UInt8
 
-from cfld.evaluation.metrics import pair_metrics
+from cfld.metrics import pair_metrics
 from preprocessing.figures import find_silhouette
 from preprocessing.figures.clothes import Region
 

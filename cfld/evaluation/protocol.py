@@ -13,7 +13,6 @@ import torch
 
 from cfld.evaluation.frechet import FeatureStatistics
 from cfld.evaluation.metric_networks import NETWORK_METRICS, MetricNetworks, load_metric_networks
-from cfld.evaluation.metrics import PAIR_METRICS, check_windows
 from cfld.evaluation.pair_images import ImageJob
 from cfld.evaluation.paper_tables import GROUND_TRUTH, TABLE_OF_SIZE, VAE_RECONSTRUCTION
 from cfld.evaluation.photo_source import Pair, PhotoSource
@@ -21,6 +20,7 @@ from cfld.evaluation.report import Evaluation
 from cfld.evaluation.result_files import ResultError
 from cfld.evaluation.result_reader import ResultReader
 from cfld.evaluation.scoring import reference_statistics, score
+from cfld.metrics import PAIR_METRICS, check_windows
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from cfld.evaluation.frechet import FeatureStatistics, FeatureStream, frechet_distance
 from cfld.evaluation.metric_networks import FEATURE_DIM, MetricNetworks, network_sha256
-from cfld.evaluation.metrics import PAIR_METRICS, pair_metrics
 from cfld.evaluation.photo_source import PhotoSource
+from cfld.metrics import PAIR_METRICS, pair_metrics
 from cfld.whole_file import whole_file
 
 logger = logging.getLogger(__name__)

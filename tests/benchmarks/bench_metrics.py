@@ -23,11 +23,11 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
 from cfld.evaluation.metric_networks import FEATURE_DIM, MetricNetworks
-from cfld.evaluation.metrics import pair_metrics
 from cfld.evaluation.photo_source import open_photos
 from cfld.evaluation.result_files import find_results
 from cfld.evaluation.result_reader import ResultReader
 from cfld.evaluation.scoring import ImagePair, map_ahead, score
+from cfld.metrics import pair_metrics
 
 SIZE = (256, 176)
 GAUSSIAN = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}

@@ -18,7 +18,6 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from cfld.evaluate import main
 from cfld.evaluation.metric_networks import load_metric_networks
-from cfld.evaluation.metrics import PAIR_METRICS, pair_metrics
 from cfld.evaluation.paper_tables import GROUND_TRUTH, TABLE_2_256, TABLE_5, compare, markdown_table
 from cfld.evaluation.photo_source import SourceError, open_photos
 from cfld.evaluation.result_files import KNOWN_PATTERNS, Panel, ResultError, find_results
@@ -30,6 +29,7 @@ from cfld.evaluation.scoring import (
     reference_statistics,
     score,
 )
+from cfld.metrics import PAIR_METRICS, pair_metrics
 
 SIZE = (128, 64)
 NAMES = (

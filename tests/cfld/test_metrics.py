@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from cfld.evaluation import metrics
+from cfld import metrics
 from cfld.evaluation.frechet import FeatureStatistics, FeatureStream, frechet_distance
 from cfld.evaluation.metric_networks import load_metric_networks, network_sha256
 
