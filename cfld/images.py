@@ -6,6 +6,7 @@ import io
 import warnings
 from typing import Literal
 
+import cv2
 import numpy as np
 import simplejpeg
 import torch
@@ -100,6 +101,16 @@ def encode_png(image: UInt8[np.ndarray, "height width 3"]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=6)
     return buffer.getvalue()
+
+
+def encode_drawing(image: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    """Encode RGB, flat colours on black, as a PNG whose rows are stored unfiltered.
+
+    On skeletons a quarter smaller and four times as fast as with filters, which break up the long
+    runs of one value.
+    """
+    options = [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE, cv2.IMWRITE_PNG_COMPRESSION, 3]
+    return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1].tobytes()
 
 
 def to_floats(images: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 _ _"]:

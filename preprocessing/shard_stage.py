@@ -18,11 +18,11 @@ from cfld.images import (
     ImageError,
     Subsampling,
     decode_image,
+    encode_drawing,
     encode_jpeg,
     resize_image,
 )
 from cfld.pose import MISSING_JOINT, draw_skeleton, is_found
-from preprocessing.drawing_png import encode_drawing
 from preprocessing.listing import Reject
 from preprocessing.pairs import UNPAIRABLE
 from preprocessing.photo_reader import read_ahead

@@ -6,7 +6,15 @@ import pytest
 from PIL import Image
 
 from cfld import images
-from cfld.images import ImageError, decode_image, encode_jpeg, encode_png, resize_image
+from cfld.images import (
+    ImageError,
+    decode_image,
+    encode_drawing,
+    encode_jpeg,
+    encode_png,
+    resize_image,
+)
+from cfld.pose import draw_skeleton
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +40,23 @@ def test_plain_jpeg_equals_pillow(photo):
 
 def test_png_round_trip(photo):
     np.testing.assert_array_equal(decode_image(encode_png(photo)), photo)
+
+
+@pytest.mark.parametrize("size", [(256, 256), (1, 1), (3, 7), (64, 48)])
+def test_drawings_come_back_from_all_decoders(size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    data = encode_drawing(image)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert (opened.format, opened.mode) == ("PNG", "RGB")
+        np.testing.assert_array_equal(np.asarray(opened), image)
+    np.testing.assert_array_equal(decode_image(data), image)
+
+
+def test_a_skeleton_takes_fewer_bytes_than_by_pillow():
+    points = np.random.default_rng(0).uniform(20, 200, (18, 2))
+    keypoints = np.concatenate([points, np.ones((18, 1))], axis=1).astype(np.float32)
+    skeleton = draw_skeleton(keypoints, (256, 256))
+    assert len(encode_drawing(skeleton)) < len(encode_png(skeleton))
 
 
 def test_greyscale_palette_cmyk_become_rgb(photo):
