@@ -208,12 +208,7 @@ class CFLDPipeline(DiffusionPipeline):
         check_choice("output_type", output_type, OUTPUT_TYPES)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        names = callback_on_step_end_tensor_inputs
-        if isinstance(names, str) or set(names) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs is {names!r}; give a list of some of "
-                f"{self._callback_tensor_inputs}"
-            )
+        self._check_callback_inputs(callback_on_step_end_tensor_inputs)
         self._check_components()
         appearance = image if isinstance(image, Appearance) else self.encode_appearance(image)
         references = read_references(reference_image, mask_image)
@@ -238,7 +233,7 @@ class CFLDPipeline(DiffusionPipeline):
             region,
             generator,
             callback_on_step_end,
-            list(names),
+            list(callback_on_step_end_tensor_inputs),
         )
         if output_type == "latent":
             images: Any = latents
@@ -262,6 +257,13 @@ class CFLDPipeline(DiffusionPipeline):
             processor.postprocess(_resized(row[None], size), output_type=output_type)[0]
             for row, size in zip(images, sizes, strict=True)
         ]
+
+    def _check_callback_inputs(self, names: Sequence[str]) -> None:
+        if isinstance(names, str) or set(names) - set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs is {names!r}; give a list of some of "
+                f"{self._callback_tensor_inputs}"
+            )
 
     def _check_components(self) -> None:
         if any(part.training for part in (*self.conditioner.children(), self.unet)):
