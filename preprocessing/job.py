@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,7 +15,7 @@ from ray.exceptions import RayTaskError
 
 from cfld.pose_network import PoseEstimator, PoseEstimatorConfig
 from preprocessing.assembly import assemble
-from preprocessing.datasets import DATASETS
+from preprocessing.earlier_work import SETTINGS_FILE, find_finished, require_ours, tidied
 from preprocessing.job_settings import (
     JobSettings,
     SettingsError,
@@ -25,7 +23,6 @@ from preprocessing.job_settings import (
     with_published_files,
 )
 from preprocessing.keypoint_stage import (
-    PARTS_FOLDER,
     FoundKeypoints,
     count_finished,
     estimate_keypoints,
@@ -33,12 +30,7 @@ from preprocessing.keypoint_stage import (
 )
 from preprocessing.latent_actor import LATENTS_FOLDER
 from preprocessing.latent_stage import LatentSettings, LatentStage, publish_latents
-from preprocessing.listing_stage import (
-    PhotoListing,
-    list_dataset,
-    select_photos,
-    with_size_estimates,
-)
+from preprocessing.listing_stage import PhotoListing, list_selected
 from preprocessing.photo_reader import PhotoStoreError
 from preprocessing.progress import Progress
 from preprocessing.published_keypoints import KEYPOINTS_SCHEMA, read_published
@@ -52,14 +44,9 @@ from preprocessing.shard_stage import (
     build_shard,
     record_file,
 )
-from preprocessing.store import WORK_FOLDER, Store
-from preprocessing.verify import REPAIR
-from shards.format import LATENT_SETTINGS, MANIFEST_FILE, Manifest
+from preprocessing.store import Store
+from shards.format import LATENT_SETTINGS, Manifest
 
-logger = logging.getLogger(__name__)
-
-SETTINGS_FILE = f"{WORK_FOLDER}/settings.json"
-_WORK_FOLDERS = (PARTS_FOLDER, RECORDS_FOLDER, LATENTS_FOLDER)
 _MAX_RETRIES = 5  # of a shard whose worker died, or whose photos' store failed
 _PATIENCE_S = 10.0
 
@@ -92,15 +79,15 @@ def run_job(
         require_access(url)
     store, progress = Store.open(settings.output), Progress()
     publish_latents(store)
-    _require_ours(store)
-    with _tidied(store), ExitStack() as stack:
+    require_ours(store)
+    with tidied(store), ExitStack() as stack:
         start_ray = cache(lambda: stack.enter_context(ray_session(ray_address, num_workers)))
         named_splits = frozenset(settings.pairs or ())
         settings = with_published_files(settings)
         latents = None
         if settings.latents is not None:
             latents = LatentSettings.of(settings.latents, settings.latent_image_sizes)
-        manifest = _find_finished(store, settings, latents)
+        manifest = find_finished(store, settings, latents)
         if manifest is None:
             manifest = _Job(settings, named_splits, store, progress, start_ray).run()
         if latents is not None and LATENT_SETTINGS not in manifest.settings:
@@ -138,7 +125,7 @@ class _Job:
             return assemble(self.store, names, self.settings, listing, keypoint_rejects)
 
     def _list(self) -> PhotoListing:
-        listing = _list(self.settings)
+        listing = list_selected(self.settings)
         splits = listing.photos["split"].unique().to_pylist()
         if unknown := self.named_splits - set(splits):
             raise SettingsError(f"--pairs {min(unknown)}=…: there are photos of {splits} only")
@@ -232,108 +219,6 @@ def _add_latents(stage: LatentStage, progress: Progress, start_ray: Callable[[],
             stage.encode(num_workers, bar.update)
     with progress.stage("index with latents"):
         return stage.finish()
-
-
-@contextmanager
-def _tidied(store: Store) -> Iterator[None]:
-    """Leave no temporary file, and no settings of a job that failed before it had made anything."""
-    store.remove_temporary()
-    try:
-        yield
-    except Exception:
-        with suppress(Exception):  # what made the job fail is what counts
-            names = [name for folder in _WORK_FOLDERS for name in store.names(folder)]
-            if not any(name.endswith(".parquet") for name in names):
-                store.remove_work()
-        raise
-    finally:
-        store.remove_temporary()
-
-
-def _require_ours(store: Store) -> None:
-    """Refuse a folder that no job of this command has left."""
-    if store.exists(MANIFEST_FILE) or store.exists(SETTINGS_FILE):
-        return
-    work = [f"{WORK_FOLDER}/{name}" for name in store.names(WORK_FOLDER)]
-    for name in [*store.names(), *work]:
-        if name.endswith((".tar", ".parquet")) or (name in work and not name.endswith(".tmp")):
-            raise SettingsError(
-                f"{store.url('')}: holds {name}, but neither {MANIFEST_FILE} nor {SETTINGS_FILE}, "
-                "so no unfinished job left it; choose another output folder. If this is a shard "
-                "set that lost its manifest, copy that again, or remove the folder and build again"
-            )
-
-
-def _find_finished(
-    store: Store, settings: JobSettings, latents: LatentSettings | None
-) -> Manifest | None:
-    """Return the manifest if the set is complete, latents aside; refuse one of something else."""
-    record = settings.record()
-    if store.exists(MANIFEST_FILE):
-        where = store.url(MANIFEST_FILE)
-        manifest = Manifest.from_json(store.read_bytes(MANIFEST_FILE), where)
-        if LATENT_SETTINGS in manifest.settings:
-            record[LATENT_SETTINGS] = latents and asdict(latents)
-        _require_same(record, manifest.settings, where)
-        _require_whole(store, manifest)
-        _require_same_photos(settings, manifest, where)
-        return manifest
-    if store.exists(SETTINGS_FILE):
-        found = json.loads(store.read_bytes(SETTINGS_FILE))
-        _require_same(record, found, store.url(SETTINGS_FILE))
-    return None
-
-
-def _require_same_photos(settings: JobSettings, manifest: Manifest, where: str) -> None:
-    """List the root again: seconds, where a set that lacks new photos would go unnoticed.
-
-    What files hold is not compared. A root that is gone is no longer needed.
-    """
-    try:
-        listing = _list(settings)
-    except FileNotFoundError:
-        return
-    if listing.sha256 != manifest.input_sha256:
-        raise SettingsError(
-            f"{settings.root}: other photos (names, persons, splits, sizes of files kept as they "
-            f"are) lie here than when {where} was made; use another output folder"
-        )
-
-
-def _require_whole(store: Store, manifest: Manifest) -> None:
-    """Compare names and sizes; what the files hold is for `inspect_shards --verify` to say."""
-    sizes = store.sizes()
-    damaged = [f.name for f in manifest.files if sizes.get(f.name) != f.size_bytes]
-    if damaged:
-        raise SettingsError(
-            f"{store.url(MANIFEST_FILE)}: {len(damaged):,} of its files are missing or have "
-            f"another size, the first is {damaged[0]}; {REPAIR}"
-        )
-
-
-def _require_same(wanted: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            raise SettingsError(
-                f"{where}: made with {name} = {found.get(name)!r}, now it is "
-                f"{wanted.get(name)!r}; use the settings of then, or another output folder"
-            )
-
-
-def _list(settings: JobSettings) -> PhotoListing:
-    try:
-        listing = list_dataset(DATASETS[settings.dataset].list_photos(settings.root))
-    except ValueError as error:  # a table or list that cannot be used; it names itself
-        raise SettingsError(str(error)) from error
-    try:
-        listing = select_photos(
-            listing, splits=settings.splits, limit=settings.limit, seed=settings.seed
-        )
-    except ValueError as error:
-        raise SettingsError(f"{settings.root}: {error}") from error
-    splits = listing.photos["split"].unique().to_pylist()
-    sizes = {split: settings.image_size_of(split) for split in splits}
-    return replace(listing, photos=with_size_estimates(listing.photos, sizes))
 
 
 def _wait_for_one(running: dict[ray.ObjectRef, int]) -> int:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from preprocessing.datasets import DATASETS
+from preprocessing.job_settings import JobSettings, SettingsError
 from preprocessing.listing import Photo, Reject, to_text
 from preprocessing.photo_reader import read_size
 from preprocessing.published_keypoints import keep_first
@@ -135,6 +137,28 @@ def select_photos(
     is_left = pc.invert(pc.is_in(photos["name"], selected["name"]))
     unselected = photos["name"].filter(is_left).combine_chunks()
     return PhotoListing(selected, unselected, listing.rejects)
+
+
+def list_selected(settings: JobSettings) -> PhotoListing:
+    """List the photos that a job is to work on, with the sizes that the shard plan needs.
+
+    Raises:
+        FileNotFoundError: If the root is not this dataset.
+        SettingsError: If a table or list cannot be used, or there is no such photo.
+    """
+    try:
+        listing = list_dataset(DATASETS[settings.dataset].list_photos(settings.root))
+    except ValueError as error:  # a table or list that cannot be used; it names itself
+        raise SettingsError(str(error)) from error
+    try:
+        listing = select_photos(
+            listing, splits=settings.splits, limit=settings.limit, seed=settings.seed
+        )
+    except ValueError as error:
+        raise SettingsError(f"{settings.root}: {error}") from error
+    splits = listing.photos["split"].unique().to_pylist()
+    sizes = {split: settings.image_size_of(split) for split in splits}
+    return replace(listing, photos=with_size_estimates(listing.photos, sizes))
 
 
 def with_size_estimates(

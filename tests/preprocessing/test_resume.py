@@ -18,7 +18,7 @@ from cfld.pose_network import PoseEstimatorConfig
 from preprocessing import keypoint_stage
 from preprocessing.build_shards import main
 from preprocessing.datasets import synthetic
-from preprocessing.job import SETTINGS_FILE
+from preprocessing.earlier_work import SETTINGS_FILE
 from preprocessing.job_settings import JobSettings
 from preprocessing.keypoint_stage import (
     PARTS_FOLDER,
