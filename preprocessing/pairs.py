@@ -21,10 +21,11 @@ UNPAIRABLE = "not_pairable"  # why an image of a junk or distractor identity is 
 
 @dataclass(frozen=True)
 class PairList:
-    """A published list, as photo names, and the rejects of its malformed rows."""
+    """A published list, as photo names with their places, and the rejects of its malformed rows."""
 
     sources: pa.Array
     targets: pa.Array
+    places: pa.Array
     rejects: pa.Table
 
 
@@ -64,31 +65,36 @@ def read_pair_list(path: str) -> PairList:
     """Read a csv of photo names with the columns `from` and `to`, as published with PATN."""
     sources: list[str] = []
     targets: list[str] = []
+    places: list[str] = []
     rejects = []
     with fsspec.open(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as lines:
         for number, row in enumerate(csv.reader(lines), 1):
-            names = [cell.strip() for cell in row]
+            names, place = [cell.strip() for cell in row], f"{path}:{number}"
             if number == 1 and names == ["from", "to"]:
                 continue
             if len(names) == 2 and all(names):
                 sources.append(names[0])
                 targets.append(names[1])
+                places.append(place)
             elif any(names):
                 rejects.append(
                     Reject(
-                        path=f"{path}:{number}",
+                        path=place,
                         stage="pairs",
                         reason="malformed_row",
                         detail=f"{','.join(row)[:200]!r} is not of the form from,to",
                     )
                 )
     return PairList(
-        pa.array(sources, pa.string()), pa.array(targets, pa.string()), rejects_table(rejects)
+        sources=pa.array(sources, pa.string()),
+        targets=pa.array(targets, pa.string()),
+        places=pa.array(places, pa.string()),
+        rejects=rejects_table(rejects),
     )
 
 
 def find_listed_pairs(
-    listed: PairList, path: str, images: pa.Table, unselected: pa.Array
+    listed: PairList, images: pa.Table, unselected: pa.Array
 ) -> tuple[Int[np.ndarray, "pairs 2"], pa.Table]:
     """Look up the rows of `images` that a list names; what cannot be a pair comes as rejects.
 
@@ -113,7 +119,7 @@ def find_listed_pairs(
     rejects = rejects_of_columns(
         "pairs",
         pa.array(reasons[is_reject].tolist(), pa.string()),
-        path,
+        listed.places.filter(mask),
         detail=pc.binary_join_element_wise(*(side.filter(mask) for side in sides), ","),
     )
     return pairs[is_pair], rejects
@@ -135,7 +141,7 @@ def make_pairs(
             first = int(np.argmax(is_in_split))
             part = images.slice(first, int(is_in_split.sum()))
             listed = read_pair_list(lists[split])
-            pairs, unusable = find_listed_pairs(listed, lists[split], part, unselected)
+            pairs, unusable = find_listed_pairs(listed, part, unselected)
             pairs += np.int32(first)
             rejects += [listed.rejects, unusable]
         else:
