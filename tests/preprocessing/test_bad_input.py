@@ -51,6 +51,15 @@ def bomb() -> bytes:
     return bytes(data)
 
 
+def damaged_header() -> bytes:
+    """A rotated JPEG one byte of whose EXIF block makes Pillow raise what no one expects."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    data = bytearray(encoded(PICTURE, "JPEG", exif=exif))
+    data[data.index(b"Exif") + 17] = 0
+    return bytes(data)
+
+
 def rotated() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn right by 90 degrees to show
@@ -60,6 +69,7 @@ def rotated() -> bytes:
 UNREADABLE = {
     "truncated": encoded(PICTURE, "JPEG", quality=95)[:-400],
     "truncated_header": encoded(PICTURE, "PNG")[:20],
+    "damaged_header": damaged_header(),
     "empty": b"",
     "not_an_image": b"this is text",
     "decompression_bomb": bomb(),
@@ -81,6 +91,7 @@ ODD_NAMES = ["a.b.c.jpg", "sp ace.jpg", "ümläut.jpg", "quote'\".jpg", "new\nli
 REASON_OF = {
     "truncated.jpg": ("shards", "truncated"),
     "truncated_header.jpg": ("shards", "truncated"),
+    "damaged_header.jpg": ("shards", "truncated"),
     "empty.jpg": ("shards", "empty"),
     "not_an_image.jpg": ("shards", "not_an_image"),
     "decompression_bomb.jpg": ("shards", "decompression_bomb"),
