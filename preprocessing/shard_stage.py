@@ -157,13 +157,13 @@ def explain_invalid(photo: Mapping[str, Any], frame: tuple[int, int]) -> str | N
         return UNPAIRABLE
     if photo["keypoints"] is None:
         return "no_keypoints"
-    keypoints = _keypoints(photo)
-    found = is_found(keypoints)
-    if lies_outside(keypoints, frame).any():
-        return "keypoints_outside"
+    keypoints, needed = _keypoints(photo), list(SHOULDERS_AND_HIPS)
+    found, is_outside = is_found(keypoints), lies_outside(keypoints, frame)
     if not found.any():
         return "no_person"
-    return None if found[list(SHOULDERS_AND_HIPS)].all() else "too_few_joints"
+    if is_outside[needed].any():  # of other joints some estimators guess where they would be
+        return "keypoints_outside"
+    return None if found[needed].all() else "too_few_joints"
 
 
 def _try_to_store(data: Future[bytes], order: ShardOrder) -> StoredImage | ImageError:

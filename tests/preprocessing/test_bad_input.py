@@ -127,7 +127,7 @@ def outcome(ray_workers: int, tmp_path_factory: pytest.TempPathFactory) -> Outco
     files |= {"alone/one.jpg": encoded(PICTURE, "JPEG"), "nobody/a.jpg": encoded(PICTURE, "JPEG")}
     files |= {"nobody/unlisted.jpg": encoded(PICTURE, "JPEG")}
     files |= {"nobody/half.jpg": encoded(PICTURE, "JPEG")}
-    files |= {"nobody/outside.jpg": encoded(PICTURE, "JPEG")}
+    files |= {f"nobody/{name}.jpg": encoded(PICTURE, "JPEG") for name in ("outside", "guessed")}
     for split in ("train", "test"):
         for name, data in files.items():
             path = root / split / name
@@ -140,8 +140,9 @@ def outcome(ray_workers: int, tmp_path_factory: pytest.TempPathFactory) -> Outco
     found = np.concatenate([np.arange(5, 23)[:, None].repeat(2, 1), np.ones((18, 1))], axis=1)
     nobody = np.tile(np.array([np.nan, np.nan, 0]), (18, 1))
     half = np.where(np.arange(18)[:, None] < 8, found, nobody)
-    outside = np.where(np.arange(18)[:, None] == 4, [9e9, 9, 1], found)  # in a photo 60 wide
-    special = {"a.jpg": nobody, "half.jpg": half, "outside.jpg": outside}
+    outside = np.where(np.arange(18)[:, None] == 2, [9e9, 9, 1], found)  # in a photo 60 wide
+    guessed = np.where(np.arange(18)[:, None] == 4, [9e9, 9, 1], found)
+    special = {"a.jpg": nobody, "half.jpg": half, "outside.jpg": outside, "guessed.jpg": guessed}
     names = [f"{split}/{name}" for split in ("train", "test") for name in files]
     listed = [name for name in names if "unlisted" not in name and "\n" not in name]
     keypoints = folder / "keypoints.csv"
@@ -214,6 +215,13 @@ def test_images_in_no_pair_are_stored_with_their_reason(
     reject = outcome.rejects()[name]
     assert (reject["stage"], reject["reason"], reject["is_stored"]) == ("pairs", reason, True)
     assert name in outcome.stored()
+
+
+def test_a_joint_guessed_outside_is_missing_and_the_image_stays_in_pairs(outcome: Outcome) -> None:
+    rows = [row for row in outcome.shards.read_index().to_pylist() if "guessed" in row["name"]]
+    assert all(row["is_valid"] for row in rows)
+    assert all(np.isnan(row["keypoints"][3 * 4 : 3 * 4 + 2]).all() for row in rows)
+    assert len(rows) == 2
 
 
 def test_joints_are_outside_only_beyond_what_detectors_do() -> None:
