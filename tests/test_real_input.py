@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from cfld.images import decode_image, resize_image
-from cfld.keypoint_writers import write_patn_csv
 from cfld.keypoints import read_keypoints
 from preprocessing.datasets.deepfashion import raw_path
 from shards.format import keypoints_array, open_shards
+from tests.keypoint_files import write_patn_csv
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"

@@ -7,8 +7,8 @@ from PIL import Image
 
 from cfld.edit import main
 from cfld.generate import main as generate
-from cfld.keypoint_writers import write_openpose_json, write_patn_csv
 from preprocessing.figures import draw_figure
+from tests.keypoint_files import write_openpose_json, write_patn_csv
 
 SIZE = (96, 64)
 ANNA, BEA, CARA = (draw_figure(person, 0, size=SIZE, seed=0) for person in range(3))

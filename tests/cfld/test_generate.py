@@ -9,10 +9,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cfld.generate import main
-from cfld.keypoint_writers import write_openpose_json, write_patn_csv
 from cfld.pose import draw_skeleton
 from cfld.user_inputs import check_output, save_image
 from preprocessing.figures import draw_figure
+from tests.keypoint_files import write_openpose_json, write_patn_csv
 
 FIRST, SECOND, THIRD = (draw_figure(0, image, size=(96, 64), seed=0) for image in range(3))
 FAST = ["--steps", "2", "--device", "cpu"]

@@ -8,7 +8,6 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from cfld.keypoint_writers import write_coco_json, write_openpose_json, write_patn_csv
 from cfld.keypoints import (
     BadRow,
     ImagePeople,
@@ -18,6 +17,7 @@ from cfld.keypoints import (
     read_pose,
 )
 from cfld.pose import JOINT_NAMES
+from tests.keypoint_files import write_coco_json, write_openpose_json, write_patn_csv
 
 HEADER = "name:keypoints_y:keypoints_x\n"
 MISSING = (np.nan, np.nan, 0)

@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 
 from cfld.codec import build_codec
-from cfld.keypoint_writers import write_openpose_json
 from cfld.pipeline import CFLDPipeline
 from cfld.visualize import main
 from preprocessing.figures import draw_figure
+from tests.keypoint_files import write_openpose_json
 
 FIGURE = draw_figure(0, 0, size=(96, 64), seed=0)
 TILE = (192, 128)

@@ -23,7 +23,6 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from cfld.images import ImageError, decode_image
-from cfld.keypoint_writers import write_coco_json, write_openpose_json, write_patn_csv
 from cfld.keypoints import ImagePeople, KeypointsError
 from preprocessing.build_shards import main
 from preprocessing.listing import Photo, to_text
@@ -32,6 +31,7 @@ from preprocessing.photo_reader import PhotoStoreError, read_ahead, read_photo, 
 from preprocessing.published_keypoints import read_published
 from preprocessing.shard_stage import lies_outside
 from shards.format import ShardSet, open_shards
+from tests.keypoint_files import write_coco_json, write_openpose_json, write_patn_csv
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
 PICTURE = Image.fromarray(COLOURS).resize((60, 80))

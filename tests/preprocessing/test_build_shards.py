@@ -24,13 +24,13 @@ from PIL import Image
 
 from cfld import pose
 from cfld.images import decode_image, resize_image
-from cfld.keypoint_writers import write_openpose_json, write_patn_csv
 from preprocessing.build_shards import main
 from preprocessing.datasets import DATASETS
 from preprocessing.listing import Dataset, Photo
 from preprocessing.listing_stage import list_dataset, select_photos
 from preprocessing.shard_stage import scale_keypoints
 from shards.format import NUM_JOINTS, POSE_SIZE, SAMPLE_FIELDS, ShardSet, keypoints_array
+from tests.keypoint_files import write_openpose_json, write_patn_csv
 
 STANDING = np.array(
     [[88, 40], [88, 60], [70, 62], [64, 90], [60, 120], [106, 62], [112, 90], [116, 120],

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cfld.keypoint_writers import write_openpose_json, write_patn_csv
 from preprocessing.datasets.table import DATASET
 from preprocessing.listing import Photo, Reject
+from tests.keypoint_files import write_openpose_json, write_patn_csv
 
 KEYPOINTS = np.stack([np.arange(18.0), np.arange(18.0) + 20, np.ones(18)], axis=1).astype("f4")
 KEYPOINTS[4] = (np.nan, np.nan, 0)
