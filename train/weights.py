@@ -23,7 +23,7 @@ def build_model(config: TrainConfig) -> CFLD:
         return CFLD(config.model)
     try:
         pipeline = CFLDPipeline.from_pretrained(config.start_from)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no such folder, or weights that are not whole
         raise ConfigError(f"start_from: {config.start_from}: {error}") from error
     if pipeline.conditioner.settings != config.model:
         raise ConfigError(

@@ -175,7 +175,6 @@ def test_values_that_are_not_finite_are_refused(value):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_equals_cpu():
     maps = [draw_maps(crowd) for crowd in CROWDS.values()]
     heatmaps, affinities = (

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,11 @@ def test_training_goes_on_from_a_pipeline(runs) -> None:
     assert second[0] < first[0]
     assert runs.run(start, "model.prompt_decoder.depth=2", output="third") == [2]
     assert "was made with other settings than 'model'" in runs.said()
+    (weights,) = (runs.folder / "first/pipeline/conditioner").glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file(dict(list(tensors.items())[1:]), weights)
+    assert runs.run(start, output="fourth") == [2]
+    assert next(iter(tensors)) in runs.said()
 
 
 @pytest.mark.slow

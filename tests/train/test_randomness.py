@@ -66,7 +66,6 @@ def test_uniforms_are_uniform() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_agrees_with_cpu() -> None:
     on_gpu = noise_for(DRAWS.cuda(), (4, 64, 64), seed=1)
     torch.testing.assert_close(on_gpu.cpu(), noise_for(DRAWS, (4, 64, 64), seed=1))
