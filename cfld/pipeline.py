@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -44,7 +45,33 @@ from cfld.unet import LayerAttention, check_complete, install_processors, set_tr
 
 Latents = Float[Tensor, "batch channels height width"]
 Images = Float[Tensor, "batch 3 height width"]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def _sampling(
+    method: Callable[Concatenate[CFLDPipeline, Arguments], Result],
+) -> Callable[Concatenate[CFLDPipeline, Arguments], Result]:
+    """Run a method without gradients and, even amid training, in evaluation mode.
+
+    In training mode S leaves out layers at random, and generators would not decide the result.
+    """
+
+    @functools.wraps(method)
+    def call(pipeline: CFLDPipeline, *args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        parts = (pipeline.conditioner, pipeline.unet)
+        training = [module for part in parts for module in part.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            with torch.no_grad():
+                return method(pipeline, *args, **options)
+        finally:
+            for module in training:
+                module.training = True
+
+    return call
 
 
 class CFLDPipeline(DiffusionPipeline):
@@ -104,13 +131,12 @@ class CFLDPipeline(DiffusionPipeline):
         """Denoising steps of the last call, or of the one that runs."""
         return self._num_timesteps
 
-    @torch.no_grad()
+    @_sampling
     def encode_appearance(self, image: Picture | Sequence[Picture]) -> Appearance:
         """What the model sees of photos, whatever the pose: to use several times, or to mix.
 
         Raises:
-            ValueError: If a photo has a wrong form, or there is none, or the model is in training
-                mode.
+            ValueError: If a photo has a wrong form, or there is none.
         """
         self._check_components()
         pictures = read_pictures(image)
@@ -126,7 +152,7 @@ class CFLDPipeline(DiffusionPipeline):
             sizes=tuple(picture.shape[:2] for picture in pictures),
         )
 
-    @torch.no_grad()
+    @_sampling
     def __call__(
         self,
         image: Picture | Sequence[Picture] | Appearance,
@@ -190,8 +216,7 @@ class CFLDPipeline(DiffusionPipeline):
                 with schedulers that do not predict it.
 
         Raises:
-            ValueError: If an argument has a wrong form, numbers or sizes do not fit together, or
-                the model is in training mode.
+            ValueError: If an argument has a wrong form, or numbers or sizes do not fit together.
             NoPersonError: If the estimator finds nobody in a pose photo.
         """
         if (height is None) != (width is None):
@@ -266,11 +291,6 @@ class CFLDPipeline(DiffusionPipeline):
             )
 
     def _check_components(self) -> None:
-        if any(part.training for part in (*self.conditioner.children(), self.unet)):
-            raise ValueError(
-                "the model is in training mode, in which it leaves out layers at random: call its "
-                "eval() before sampling"
-            )
         processors = self.unet.attn_processors.values()
         others = {
             type(each).__name__ for each in processors if not isinstance(each, LayerAttention)

@@ -88,10 +88,9 @@ def join_grid(
 
 @contextmanager
 def _ready_to_sample(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Switch stochastic depth off, and gather what no submodule's forward would with ZeRO-3."""
+    """Gather what no submodule's forward would with ZeRO-3; leave the random state as it is."""
     model: CFLD = engine.module
     state = torch.random.get_rng_state()
-    model.eval()
     try:
         if engine.zero_optimization_stage() == 3:
             from deepspeed import zero
@@ -101,5 +100,4 @@ def _ready_to_sample(engine: DeepSpeedEngine) -> Iterator[None]:
         else:
             yield
     finally:
-        model.train()
         torch.random.set_rng_state(state)
