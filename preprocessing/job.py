@@ -48,7 +48,7 @@ from preprocessing.store import Store
 from shards.format import LATENT_SETTINGS, Manifest
 
 _MAX_RETRIES = 5  # of a shard whose worker died, or whose photos' store failed
-_PATIENCE_S = 10.0
+_PATIENCE_S = 10.0  # with tasks under way when the job stops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,10 @@ class _Job:
                 while running:
                     bar.update(_wait_for_one(running))
             finally:
-                _cancel(list(running))
+                # Cancelling would be quicker, but a task that ends in that very moment makes Ray
+                # end this process. What they finish is kept.
+                if running:
+                    ray.wait(list(running), num_returns=len(running), timeout=_PATIENCE_S)
 
     def _submit(
         self, photos: pa.Table, keypoints: FoundKeypoints, pending: Sequence[PlannedShard]
@@ -229,11 +232,3 @@ def _wait_for_one(running: dict[ray.ObjectRef, int]) -> int:
     except RayTaskError as error:
         raise error.cause from error  # whose text is not a traceback
     return running.pop(task)
-
-
-def _cancel(tasks: list[ray.ObjectRef]) -> None:
-    """End tasks that run no more to any purpose, and let them take back what they half wrote."""
-    for task in tasks:
-        ray.cancel(task)
-    if tasks:
-        ray.wait(tasks, num_returns=len(tasks), timeout=_PATIENCE_S)
