@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -297,20 +297,9 @@ def test_duplicate_rows_of_a_table_end_in_rejects_and_summary(
     assert all(summary[summary.index(row["reason"]) - 1] == "1" for row in rejects)
 
 
-@contextmanager
-def as_nobody() -> Iterator[None]:
-    """Without root's right to read everything, if we have it."""
-    is_root = os.geteuid() == 0
-    if is_root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if is_root:
-            os.seteuid(0)
-
-
-def test_a_photo_without_permission_is_unreadable() -> None:
+def test_a_photo_without_permission_is_unreadable(
+    as_nobody: Callable[[], AbstractContextManager[None]],
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         path = Path(folder) / "secret.jpg"
